@@ -1,0 +1,320 @@
+"""Data sets in, crops out.
+
+load() gives an Images object: either all pixels in memory as one uint8 tensor (demo data, CIFAR, small folders of equally
+sized images), or a table of paths that loader workers decode. Either way stream() yields, step by step, the crops of this
+process's share of the global batch; everything after the crop is common/augment.py's, on the training device.
+"""
+
+import math
+import os
+import signal
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from common.augment import crop_batch, crop_boxes, rng
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+HALF = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+NAMES = ("demo", "cifar10", "cifar100", "stl10", "fashion-mnist")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+IN_MEMORY = 2**30  # bytes: a folder of equally sized images up to this size is decoded once, at the start
+
+
+class DataError(Exception):
+    """What the user can put right: the message says what was wrong, what was found and what to do."""
+
+
+@dataclass
+class Images:
+    """Images of one split. pixels: uint8 (n, 3, h, w), or None; then paths: bytes (n,), one fixed-width NumPy array, since a
+    Python list would be copied into every worker as its reference counts are touched. labels: int64 (n,), -1 for none, or
+    None. stats: mean and standard deviation per channel. bad: paths that could not be read while loading."""
+
+    pixels: torch.Tensor = None
+    paths: np.ndarray = None
+    labels: torch.Tensor = None
+    classes: tuple = ()
+    stats: tuple = IMAGENET
+    bad: tuple = ()
+
+    def __len__(self):
+        return len(self.paths if self.pixels is None else self.pixels)
+
+    def __getitem__(self, rows):
+        """The images of a list, range or tensor of row numbers."""
+        rows = torch.as_tensor(rows)
+        take = lambda column: None if column is None else column[rows]  # noqa: E731
+        paths = None if self.paths is None else self.paths[rows.numpy()]
+        return replace(self, pixels=take(self.pixels), paths=paths, labels=take(self.labels))
+
+    def decode(self, row):
+        """Image number row as uint8 (3, h, w), and the row it really is: one that cannot be read is replaced by the next
+        that can, so that processes and resumed runs agree."""
+        if self.pixels is not None:
+            return self.pixels[row], row
+        for i in range(100):
+            there = (row + i) % len(self)
+            try:
+                return read_image(os.fsdecode(self.paths[there])), there
+            except Exception:  # PIL raises nearly anything on a broken file; the caller names and counts the file
+                continue
+        raise DataError(f"no readable image among the 100 from {os.fsdecode(self.paths[row])} on")
+
+
+def read_image(path):
+    """An image file as uint8 (3, h, w): grey is repeated, alpha dropped, CMYK converted, 16 bits scaled to 8."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", message="Palette images with Transparency")
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
+                image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+            return pil_to_tensor(image.convert("RGB"))
+
+
+# ---- loading ----
+
+
+def load(name, root="data", download=False):
+    """The images to train on, and the bank and the queries of kNN, which are None without labels.
+
+    name: one of NAMES, or a folder: an ImageNet-style tree with train/ and val/, a class tree, or images without classes.
+    Without a val split every tenth image asks and the others answer; all are trained on. Raises DataError."""
+    if name == "demo":
+        drawn = [draw_demo(n, seed) for n, seed in ((4096, 0), (1024, 1))]
+        train, val = (Images(pixels, labels=labels, classes=DEMO_CLASSES, stats=HALF) for pixels, labels in drawn)
+        return train, train, val
+    if name in NAMES:
+        return load_torchvision(name, root, download)
+    if not os.path.isdir(name):
+        raise DataError(f"--data {name}: no such folder, and not one of {', '.join(NAMES)}")
+    parts = {part: os.path.join(name, part) for part in ("train", "val", "test")}
+    if not os.path.isdir(parts["train"]):
+        train, val = in_memory(scan(name)), None
+    else:
+        train, val = in_memory(scan(parts["train"])), None
+        if folder := next((parts[v] for v in ("val", "test") if os.path.isdir(parts[v])), None):
+            val = in_memory(scan(folder))
+    if train.labels is None:
+        return train, None, None
+    if val is None:
+        asks = torch.arange(len(train)) % 10 == 9
+        return train, train[(~asks).nonzero().squeeze(1)], train[asks.nonzero().squeeze(1)]
+    if val.classes != train.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise DataError(f"--data {name}: the class folders below train/ ({len(train.classes)}) and val/ ({len(val.classes)}) "
+                        f"differ, first in {odd[0]}; make them the same, or move val/ away to do without")
+    return train, train, val
+
+
+def load_torchvision(name, root, download):
+    sets = torchvision.datasets
+    kind, stats, splits = {
+        "cifar10": (sets.CIFAR10, CIFAR, ({"train": True}, {"train": False})),
+        "cifar100": (sets.CIFAR100, CIFAR, ({"train": True}, {"train": False})),
+        "stl10": (sets.STL10, IMAGENET, ({"split": "train+unlabeled"}, {"split": "test"})),
+        "fashion-mnist": (sets.FashionMNIST, HALF, ({"train": True}, {"train": False})),
+    }[name]
+    try:
+        train, val = (from_torchvision(kind(root, download=download, **split), stats) for split in splits)
+    except (RuntimeError, OSError) as e:
+        raise DataError(f"--data {name}: not in {root}/ ({str(e).splitlines()[0]}); add --download, or name the folder that "
+                        "holds it with --data-root") from e
+    return train, train[(train.labels >= 0).nonzero().squeeze(1)], val
+
+
+def from_torchvision(dataset, stats):
+    """CIFAR's data are (n, h, w, 3), STL's (n, 3, h, w), Fashion-MNIST's (n, h, w)."""
+    pixels = torch.as_tensor(dataset.data)
+    if pixels.ndim == 3:
+        pixels = pixels[:, None].expand(-1, 3, -1, -1)
+    elif pixels.shape[3] == 3:
+        pixels = pixels.permute(0, 3, 1, 2)
+    labels = torch.as_tensor(dataset.targets if hasattr(dataset, "targets") else dataset.labels).long()
+    return Images(pixels.contiguous(), labels=labels, classes=tuple(dataset.classes), stats=stats)
+
+
+def scan(folder):
+    """The images below a folder, in sorted order. The folders directly in it are the classes, if there are two or more with
+    images in them and no image lies beside them. Raises DataError where there is no image."""
+    paths, labels, seen = [], [], set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:  # symbolic links in a circle
+            folders[:], files = [], []
+        seen.add(real)
+        folders.sort()
+        files = sorted(f for f in files if f.lower().endswith(SUFFIXES))
+        paths += [os.fsencode(os.path.join(here, f)) for f in files]
+        labels += [os.path.relpath(here, folder).split(os.sep)[0]] * len(files)
+    if not paths:
+        raise DataError(f"no images in {folder}: looked there and below for {' '.join(SUFFIXES)}")
+    classes = tuple(sorted(set(labels)))
+    if "." in classes or len(classes) < 2:
+        return Images(paths=np.array(paths))
+    number = {c: i for i, c in enumerate(classes)}
+    return Images(paths=np.array(paths), labels=torch.tensor([number[c] for c in labels]), classes=classes)
+
+
+def in_memory(images):
+    """Decodes a small folder of equally sized images once; returns any other as it is."""
+
+    def size(path):
+        try:
+            with Image.open(os.fsdecode(path)) as image:
+                return image.size
+        except Exception:  # it is named when it is read
+            return None
+
+    sizes = {size(path) for path in images.paths[:: max(1, len(images) // 50)]} - {None}
+    if len(sizes) != 1 or 3 * len(images) * math.prod(*sizes) > IN_MEMORY:
+        return images
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        pixels, rows = zip(*pool.map(images.decode, range(len(images))), strict=True)
+    if len({p.shape for p in pixels}) != 1:
+        return images
+    bad = tuple(os.fsdecode(images.paths[i]) for i, row in enumerate(rows) if i != row)
+    return replace(images, pixels=torch.stack(pixels), paths=None, bad=bad)
+
+
+DEMO_CLASSES = ("lying stripes", "standing stripes", "checks", "slanted stripes", "rings", "dots", "bricks", "zigzag", "weave", "marble")
+
+
+def draw_demo(n, seed, size=32):
+    """n images (n,3,32,32) uint8 and labels (n,) int64; balanced classes, shuffled."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape, lo=0., hi=1.: lo + (hi - lo) * torch.rand(*shape, generator=g)
+    labels = (torch.arange(n) % 10)[torch.randperm(n, generator=g)]
+
+    # each image has its own frame (u, v), counted in wavelengths: rotation, scale, phase
+    y, x = torch.meshgrid(torch.arange(size) - size / 2, torch.arange(size) - size / 2, indexing='ij')
+    angle = rand(n, 1, 1, lo=-.2, hi=.2)
+    wave = 4.5 * 2.3 ** rand(n, 1, 1)                                   # 4.5 to 10 pixels
+    u = (angle.cos() * x - angle.sin() * y) / wave + rand(n, 1, 1, hi=4.)
+    v = (angle.sin() * x + angle.cos() * y) / wave + rand(n, 1, 1, hi=4.)
+
+    sin = lambda t: torch.sin(2 * math.pi * t)
+    tri = lambda t: (t % 1 - .5).abs() * 4 - 1                          # triangle wave, -1..1
+    cell = lambda t: (t % 1 - .5).abs() * 2                             # 0 mid-cell, 1 at its border
+    brick = lambda u, v: torch.maximum(cell(u / 2 + .5 * (v.floor() % 2)) * 2 - 1, cell(v))
+    odd = lambda u, v: (u.floor() + v.floor()) % 2 == 1
+    families = [
+        lambda u, v: 2 * sin(v),                                        # 0 lying stripes
+        lambda u, v: 2 * sin(u),                                        # 1 standing stripes
+        lambda u, v: 4 * sin(u) * sin(v),                               # 2 checks
+        lambda u, v: 2 * sin(.7 * (u - v)),                             # 3 slanted stripes
+        lambda u, v: 2 * sin(((u - 2) ** 2 + (v - 2) ** 2).sqrt()),     # 4 rings
+        lambda u, v: 4 * (.6 - (cell(u) ** 2 + cell(v) ** 2).sqrt()),   # 5 dots
+        lambda u, v: 6 * (brick(u, v) - .65),                           # 6 bricks
+        lambda u, v: 2 * sin(v + .4 * tri(u / 2)),                      # 7 zigzag
+        lambda u, v: 2 * torch.where(odd(u / 2, v / 2), sin(v), sin(u)),            # 8 basket weave
+        lambda u, v: sin(u / 2 + .8 * sin(v / 3)) + sin(v / 2 + .8 * sin(u / 3)),   # 9 marble
+    ]
+    grey = torch.empty(n, size, size)
+    for k, family in enumerate(families):
+        grey[labels == k] = family(u[labels == k], v[labels == k]).clamp(-1, 1)
+
+    # what the class does not depend on: polarity, contrast, light, shading, tint, noise
+    contrast = rand(n, 1, 1, lo=.08, hi=.28) * (rand(n, 1, 1) < .5).float().mul(2).sub(1)
+    light = rand(n, 1, 1, lo=.25, hi=.75) + (rand(n, 1, 1, lo=-.2, hi=.2) * x + rand(n, 1, 1, lo=-.2, hi=.2) * y) / size
+    shade = torch.nn.functional.interpolate(torch.randn(n, 1, 4, 4, generator=g), size=size, mode='bicubic')
+    tint = rand(n, 3, 1, 1, lo=-.06, hi=.06)
+    noise = torch.randn(n, 3, size, size, generator=g)
+    images = (light + contrast * grey)[:, None] + .13 * shade + tint + .055 * noise
+    return (images.clamp(0, 1) * 255).byte(), labels
+
+
+# ---- crops ----
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One random crop: resized to size x size pixels, its share of the area uniform in scale."""
+
+    size: int
+    scale: tuple
+    bicubic: bool = False
+
+
+class Crops(torch.utils.data.Dataset):
+    """Loader workers' side: (step, row) -> the image's crops as uint8 (3, s, s), and row if it was unreadable, else -1."""
+
+    def __init__(self, images, crops, seed):
+        self.images, self.crops, self.seed = images, crops, seed
+
+    def __getitem__(self, key):
+        step, row = key
+        image, really = self.images.decode(row)
+        generator, out = rng(self.seed, "crops", step, row), []
+        for crop in self.crops:
+            top, left, h, w = crop_boxes(1, *image.shape[1:], crop.scale, generator)[0].tolist()
+            out.append(resize(image[:, top : top + h, left : left + w], crop.size, crop.size, crop.bicubic))
+        return out, row if really != row else -1
+
+
+class Centres(torch.utils.data.Dataset):
+    """Row -> what an evaluation looks at, uint8 (3, size, size): the whole image up to 64 px; above, the central square of
+    7/8 of the shorter side (resize to 256, crop 224)."""
+
+    def __init__(self, images, size):
+        self.images, self.size = images, size
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        image, _ = self.images.decode(row)
+        h, w = image.shape[1:]
+        side = min(h, w) if self.size <= 64 else round(min(h, w) * 224 / 256)
+        top, left = (h - side) // 2, (w - side) // 2
+        return resize(image[:, top : top + side, left : left + side], self.size, self.size)
+
+
+def resize(image, height, width, bicubic=False):
+    """A uint8 image (3, h, w) resized with antialiasing."""
+    if image.shape[1:] == (height, width):
+        return image
+    mode = "bicubic" if bicubic else "bilinear"
+    return F.interpolate(image[None], (height, width), mode=mode, antialias=True)[0]
+
+
+def stream(images, crops, steps, seed, rank, world, workers, device):
+    """Yields, for each (step, rows of the global batch) in steps, this process's crops, a list with a float tensor
+    (n, 3, s, s) in [0, 1] on the device for each Crop, and the paths of images that could not be read."""
+    if images.pixels is not None:  # boxes drawn for the global batch at once
+        for step, rows in steps:
+            generator = rng(seed, "crops", step)
+            boxes = [crop_boxes(len(rows), *images.pixels.shape[2:], c.scale, generator)[rank::world] for c in crops]
+            pixels = images.pixels[rows[rank::world]].to(device)
+            yield [crop_batch(pixels, b, c.size, c.bicubic) for b, c in zip(boxes, crops, strict=True)], []
+        return
+    batches = ([(step, row) for row in rows[rank::world].tolist()] for step, rows in steps)
+    for batch, bad in loader(Crops(images, crops, seed), workers, device, batch_sampler=batches):
+        batch = [b.to(device, non_blocking=True).float() / 255 for b in batch]
+        yield batch, [os.fsdecode(images.paths[row]) for row in bad.tolist() if row >= 0]
+
+
+def centres(images, size, workers, device, batch=256):
+    """Yields all images for evaluation, in order: float (n, 3, size, size) in [0, 1] on the device."""
+    workers = workers if images.pixels is None else 0
+    for x in loader(Centres(images, size), workers, device, batch_size=batch):
+        yield x.to(device, non_blocking=True).float() / 255
+
+
+def loader(dataset, workers, device, **batches):
+    pin = torch.device(device).type == "cuda"
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, worker_init_fn=deaf, pin_memory=pin, **batches)
+
+
+def deaf(worker):
+    """Signals are the training process's to answer; its workers end with it."""
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(s, signal.SIG_IGN)
