@@ -60,8 +60,8 @@ RECIPES = {
         bn_groups=8, queue=4096, ema=0.99, temperature=0.1, hidden=512, dim=128, knn_every=10,
         small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
     "demo": dict(
-        arch="tiny", img_size=32, epochs=8, batch_size=128, lr=0.12, wd=1e-4, warmup_epochs=0,
-        bn_groups=8, queue=512, ema=0.97, temperature=0.1, hidden=256, dim=64, knn_every=4,
+        arch="tiny", img_size=32, epochs=9, batch_size=64, lr=0.24, wd=1e-4, warmup_epochs=1.5,
+        bn_groups=8, queue=256, ema=0.99, temperature=0.1, hidden=256, dim=128, knn_every=3,
         small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
 }
 

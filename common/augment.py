@@ -1,27 +1,26 @@
 """Augmentations, on batches: what an image goes through between the crop and the network.
 
-An image batch is a float tensor (n, 3, h, w) in [0, 1], square. Every operation takes one parameter *per image*. Parameters
-are drawn on the CPU, for the *global* batch, from a generator that depends on the seed and the step alone; a process then
-uses its slice. So a run does not depend on the number of processes, and resuming needs no random state.
+An image batch is a float tensor (n, 3, h, w) in [0, 1], square. Every operation takes one parameter *per
+image*, drawn on the CPU for the *global* batch from a generator that depends on the seed and the step alone; a
+process uses its slice. So a run does not depend on the number of processes, and resuming needs no random state.
 
     recipe = strong(V2)                              # what may happen, with which probability
     params = draw(recipe, 256, rng(seed, step))      # what happens to each of the 256 images of the global batch
     x = augment(x, recipe, {k: v[rank::world] for k, v in params.items()}, mean, std)
 
-Order: flip, jitter (its four parts in an order of the image's own), grey, blur, solarize, RandAugment, normalize. The papers'
-codes put the flip first or last; it commutes with all the others, RandAugment apart, which the paper's code has after it.
-Each operation equals torchvision's functional form image by image (tests/test_augment.py gives the tolerances). Deviations:
-  * The blur is a true Gaussian cut at 11 pixels (23 taps, as BYOL's at 224 px); PIL's, used by MoCo, is three box blurs. Where
-    the image is smaller than 12 px, it is cut at the image's size.
+Order: flip, jitter (its four parts in an order of the image's own), grey, blur, solarize, RandAugment, normalize.
+The papers' codes put the flip first or last; it commutes with all but RandAugment, which the paper's code has last.
+Each operation equals torchvision's functional form (tests/test_augment.py gives the tolerances). Deviations:
+  * The blur is a true Gaussian cut at 11 pixels (23 taps, as BYOL's at 224 px), or at the image's size where that
+    is less than 12 px; PIL's, used by MoCo, is three box blurs.
   * BYOL's and SimCLR v1's brightness is additive in their code; here it multiplies, as torchvision's does.
   * RandAugment interpolates bilinearly; timm's picks bilinear or bicubic at random.
 """
 
+import hashlib
 import math
-import zlib
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
@@ -29,12 +28,11 @@ import torchvision.transforms.v2.functional as TF
 
 def rng(*key):
     """A CPU generator that is a function of the key alone: integers and strings, such as (seed, "views", step)."""
-    words = [k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch's uses 32 bits
 
 
 # ---- recipes ----
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -53,7 +51,7 @@ class Recipe:
 
 
 V2 = Recipe()  # MoCo v2, SimSiam: both views
-BYOL1 = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.4, 0.4, 0.2, 0.1), blur=1.0)  # BYOL, Barlow Twins: view 1
+BYOL1 = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.4, 0.4, 0.2, 0.1), blur=1.0)  # BYOL, Barlow: view 1
 BYOL2 = replace(BYOL1, blur=0.1, solarize=0.2)  # ... and view 2
 SIMCLR = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.8, 0.8, 0.8, 0.2), normalize=False)
 
@@ -69,14 +67,14 @@ def weak(recipe):
 
 
 def draw(recipe, n, generator):
-    """Parameters for n images: a dict of CPU tensors with n rows. The same draws whatever the recipe, so that two recipes
-    of one generator differ in what they do with the draws, not in the draws."""
+    """Parameters for n images: a dict of CPU tensors with n rows. Two recipes make the same draws from a generator
+    and differ in what they do with them."""
     u = torch.rand(n, 10, generator=generator)
     jitter = torch.tensor(recipe.strength) * (2 * torch.rand(n, 4, generator=generator) - 1)
     return {
         "flip": u[:, 0] < recipe.flip,
         "jitter": u[:, 1] < recipe.jitter,
-        "factors": torch.cat([(1 + jitter[:, :3]).clamp_min(0), jitter[:, 3:]], 1),  # three factors and the hue's shift
+        "factors": torch.cat([(1 + jitter[:, :3]).clamp_min(0), jitter[:, 3:]], 1),  # three factors, hue's shift
         "order": torch.rand(n, 4, generator=generator).argsort(1),
         "grey": u[:, 2] < recipe.grey,
         "blur": u[:, 3] < recipe.blur,
@@ -90,7 +88,7 @@ def draw(recipe, n, generator):
 
 
 def augment(x, recipe, params, mean, std):
-    """Applies a recipe to images (n, 3, s, s) in [0, 1] with parameters from draw(), n rows; returns (n, 3, s, s), new."""
+    """Applies a recipe to images (n, 3, s, s) in [0, 1] with n rows of draw()'s parameters; returns new images."""
     x, p = x.clone(), params
     on(x, p["flip"], lambda x: x.flip(3))
     for slot in range(4):
@@ -108,8 +106,8 @@ def augment(x, recipe, params, mean, std):
 
 
 def on(x, mask, op, *params):
-    """Replaces the images that mask (n,) marks by op(images, *their parameters). Masks live on the CPU, so that a GPU
-    need not be waited for."""
+    """Replaces the images that mask (n,) marks by op(images, *their parameters). Masks live on the CPU: no waiting
+    for a GPU."""
     rows = mask.nonzero().squeeze(1)
     if len(rows):
         there = rows.to(x.device, non_blocking=True)
@@ -117,7 +115,6 @@ def on(x, mask, op, *params):
 
 
 # ---- photometric operations: images (n, 3, h, w) in [0, 1] and one parameter per image (n,) ----
-
 
 def blend(x, other, factor):
     return (factor.view(-1, 1, 1, 1) * (x - other) + other).clamp(0, 1)
@@ -146,12 +143,12 @@ def hue(x, shift):
 
 
 def gaussian_blur(x, sigma, radius=11):
-    """Blur with a standard deviation of sigma pixels per image and reflected borders, as two products with band matrices."""
+    """Blurs with a standard deviation of sigma pixels and reflected borders: two products with band matrices."""
 
     def matrix(size):  # (n, size, size): the weight of pixel j in pixel i, mirror images of j included
         i, j = torch.arange(size, device=x.device).view(-1, 1), torch.arange(size, device=x.device)
-        mirrors = [(i - j).abs(), (i + j).masked_fill(j == 0, size), (2 * size - 2 - i - j).masked_fill(j == size - 1, size)]
-        d = torch.stack(mirrors).float()
+        left, right = (i + j).masked_fill(j == 0, size), (2 * size - 2 - i - j).masked_fill(j == size - 1, size)
+        d = torch.stack([(i - j).abs(), left, right]).float()
         w = (-0.5 * (d / sigma.view(-1, 1, 1, 1)) ** 2).exp() * (d <= min(radius, size - 1))
         w = w.sum(1)
         return w / w.sum(2, keepdim=True)
@@ -162,11 +159,11 @@ def gaussian_blur(x, sigma, radius=11):
 
 # ---- RandAugment's fifteen operations: (images, magnitude in [0, 1], sign) ----
 
-
 def affine(x, rows, fill=128 / 255):
-    """Samples x at (the 2 x 3 matrix of each image) times (x, y, 1), coordinates in [-1, 1]; grey where there is no image."""
-    matrix = torch.stack([torch.stack([torch.as_tensor(v).to(x).expand(len(x)) for v in row], 1) for row in rows], 1)
-    return F.grid_sample(x - fill, F.affine_grid(matrix, x.shape, align_corners=False), align_corners=False) + fill
+    """Samples x at each image's 2 x 3 matrix times (x, y, 1), coordinates in [-1, 1]; fill where there is no image."""
+    matrix = [torch.stack([torch.as_tensor(v).to(x).expand(len(x)) for v in row], 1) for row in rows]
+    grid = F.affine_grid(torch.stack(matrix, 1), x.shape, align_corners=False)
+    return F.grid_sample(x - fill, grid, align_corners=False) + fill
 
 
 def rotate(x, m, sign):
@@ -208,10 +205,9 @@ OPS = {  # shears are about the upper left corner, as PIL's; translations by up 
 
 # ---- crops and ScaleMix ----
 
-
 def crop_boxes(n, height, width, scale, generator):
-    """RandomResizedCrop's law for n crops: boxes (n, 4) of top, left, height, width in pixels. Share of the area uniform in
-    scale, aspect ratio log-uniform in [3/4, 4/3], ten tries, then the largest central box of an allowed ratio."""
+    """RandomResizedCrop's law: boxes (n, 4) of top, left, height, width in pixels. Share of the area uniform in scale,
+    aspect ratio log-uniform in [3/4, 4/3], ten tries, then the largest central box of an allowed ratio."""
     u = torch.rand(n, 22, generator=generator)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, :10])
     ratio = ((2 * u[:, 10:20] - 1) * math.log(4 / 3)).exp()
@@ -228,8 +224,8 @@ def crop_boxes(n, height, width, scale, generator):
 
 
 def crop_batch(images, boxes, size, bicubic=False):
-    """Crops images (n, 3, H, W), uint8, to boxes (n, 4) and resizes them with antialiasing: float (n, 3, size, size) in
-    [0, 1]. Resizing is linear in rows and in columns, so a batch of crops is two products with matrices (n, size, H)."""
+    """Crops uint8 images (n, 3, H, W) to boxes (n, 4) and resizes them with antialiasing: float (n, 3, size, size) in
+    [0, 1]. Resizing is linear in rows and columns, so a batch of crops is two products with matrices (n, size, H)."""
 
     def matrix(length, start, extent):  # (n, size, length): the weight of each pixel in each pixel of the crop
         start, extent = start.to(images.device).view(-1, 1, 1), extent.to(images.device).view(-1, 1, 1)
@@ -249,7 +245,7 @@ def crop_batch(images, boxes, size, bicubic=False):
 
 
 def scalemix_boxes(n, size, generator):
-    """CutMix's law (Sec. 4.2): boxes (n, 4) of top, bottom, left, right. Sides size * sqrt(1 - lambda) with lambda uniform,
+    """CutMix's law (Sec. 4.2): boxes (n, 4) of top, bottom, left, right. Sides size * sqrt(1 - lambda), lambda uniform,
     centre uniform, cut at the border, which leaves 0.32 of the area on average."""
     half = (size * (1 - torch.rand(n, generator=generator)).sqrt()).long() // 2
     y, x = torch.randint(size, (2, n), generator=generator)
@@ -257,7 +253,7 @@ def scalemix_boxes(n, size, generator):
 
 
 def scalemix(first, second, boxes):
-    """ScaleMix (Sec. 4.2): second inside the boxes, first elsewhere; views (n, 3, s, s) of the same images, boxes (n, 4)."""
+    """ScaleMix (Sec. 4.2): second inside the boxes (n, 4), first elsewhere; both are views (n, 3, s, s)."""
     top, bottom, left, right = boxes.to(first.device).view(-1, 4, 1, 1).unbind(1)
     y = torch.arange(first.shape[2], device=first.device).view(1, -1, 1)
     x = torch.arange(first.shape[3], device=first.device).view(1, 1, -1)

@@ -185,50 +185,45 @@ def in_memory(images):
     return replace(images, pixels=torch.stack(pixels), paths=None, bad=bad)
 
 
-DEMO_CLASSES = ("lying stripes", "standing stripes", "checks", "slanted stripes", "rings", "dots", "bricks", "zigzag", "weave", "marble")
+DEMO_CLASSES = ("lying stripes", "standing stripes", "checks", "slanted stripes", "rings", "dots", "bricks",
+                "zigzag", "weave", "marble")
 
 
 def draw_demo(n, seed, size=32):
-    """n images (n,3,32,32) uint8 and labels (n,) int64; balanced classes, shuffled."""
-    g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape, lo=0., hi=1.: lo + (hi - lo) * torch.rand(*shape, generator=g)
-    labels = (torch.arange(n) % 10)[torch.randperm(n, generator=g)]
+    """The demo data: n images uint8 (n, 3, 32, 32) of ten families of patterns, labels (n,). The class is the pattern;
+    place, scale, polarity, contrast, light, shading and a faint tint are each image's own."""
+    generator = rng(seed, "demo")
 
-    # each image has its own frame (u, v), counted in wavelengths: rotation, scale, phase
-    y, x = torch.meshgrid(torch.arange(size) - size / 2, torch.arange(size) - size / 2, indexing='ij')
-    angle = rand(n, 1, 1, lo=-.2, hi=.2)
-    wave = 4.5 * 2.3 ** rand(n, 1, 1)                                   # 4.5 to 10 pixels
-    u = (angle.cos() * x - angle.sin() * y) / wave + rand(n, 1, 1, hi=4.)
-    v = (angle.sin() * x + angle.cos() * y) / wave + rand(n, 1, 1, hi=4.)
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *(shape or (1, 1)), generator=generator)
 
-    sin = lambda t: torch.sin(2 * math.pi * t)
-    tri = lambda t: (t % 1 - .5).abs() * 4 - 1                          # triangle wave, -1..1
-    cell = lambda t: (t % 1 - .5).abs() * 2                             # 0 mid-cell, 1 at its border
-    brick = lambda u, v: torch.maximum(cell(u / 2 + .5 * (v.floor() % 2)) * 2 - 1, cell(v))
-    odd = lambda u, v: (u.floor() + v.floor()) % 2 == 1
-    families = [
-        lambda u, v: 2 * sin(v),                                        # 0 lying stripes
-        lambda u, v: 2 * sin(u),                                        # 1 standing stripes
-        lambda u, v: 4 * sin(u) * sin(v),                               # 2 checks
-        lambda u, v: 2 * sin(.7 * (u - v)),                             # 3 slanted stripes
-        lambda u, v: 2 * sin(((u - 2) ** 2 + (v - 2) ** 2).sqrt()),     # 4 rings
-        lambda u, v: 4 * (.6 - (cell(u) ** 2 + cell(v) ** 2).sqrt()),   # 5 dots
-        lambda u, v: 6 * (brick(u, v) - .65),                           # 6 bricks
-        lambda u, v: 2 * sin(v + .4 * tri(u / 2)),                      # 7 zigzag
-        lambda u, v: 2 * torch.where(odd(u / 2, v / 2), sin(v), sin(u)),            # 8 basket weave
-        lambda u, v: sin(u / 2 + .8 * sin(v / 3)) + sin(v / 2 + .8 * sin(u / 3)),   # 9 marble
-    ]
-    grey = torch.empty(n, size, size)
-    for k, family in enumerate(families):
-        grey[labels == k] = family(u[labels == k], v[labels == k]).clamp(-1, 1)
+    def sin(t):
+        return torch.sin(2 * math.pi * t)
 
-    # what the class does not depend on: polarity, contrast, light, shading, tint, noise
-    contrast = rand(n, 1, 1, lo=.08, hi=.28) * (rand(n, 1, 1) < .5).float().mul(2).sub(1)
-    light = rand(n, 1, 1, lo=.25, hi=.75) + (rand(n, 1, 1, lo=-.2, hi=.2) * x + rand(n, 1, 1, lo=-.2, hi=.2) * y) / size
-    shade = torch.nn.functional.interpolate(torch.randn(n, 1, 4, 4, generator=g), size=size, mode='bicubic')
-    tint = rand(n, 3, 1, 1, lo=-.06, hi=.06)
-    noise = torch.randn(n, 3, size, size, generator=g)
-    images = (light + contrast * grey)[:, None] + .13 * shade + tint + .055 * noise
+    def edge(t):  # 0 in the middle of a cell of length 1, 1 at its ends
+        return (t % 1 - 0.5).abs() * 2
+
+    labels = (torch.arange(n) % 10)[torch.randperm(n, generator=generator)]
+    y, x = torch.meshgrid(torch.arange(size) - size / 2, torch.arange(size) - size / 2, indexing="ij")
+    angle, wavelength = uniform(-0.2, 0.2), 4.5 * 2.3 ** uniform(0, 1)  # 4.5 to 10 pixels
+    u = (angle.cos() * x - angle.sin() * y) / wavelength + uniform(0, 4)
+    v = (angle.sin() * x + angle.cos() * y) / wavelength + uniform(0, 4)
+    odd = (torch.floor(u / 2) + torch.floor(v / 2)) % 2 == 1
+    families = torch.stack([
+        2 * sin(v), 2 * sin(u), 4 * sin(u) * sin(v), 2 * sin(0.7 * (u - v)),
+        2 * sin(((u - 2) ** 2 + (v - 2) ** 2).sqrt()),
+        4 * (0.6 - (edge(u) ** 2 + edge(v) ** 2).sqrt()),
+        6 * (torch.maximum(edge(u / 2 + 0.5 * (v.floor() % 2)) * 2 - 1, edge(v)) - 0.65),
+        2 * sin(v + 0.8 * (edge(u / 2) - 0.5)),
+        2 * torch.where(odd, sin(v), sin(u)),
+        sin(u / 2 + 0.8 * sin(v / 3)) + sin(v / 2 + 0.8 * sin(u / 3)),
+    ])
+    pattern = families[labels, torch.arange(n)].clamp(-1, 1)
+    contrast = uniform(0.08, 0.28) * (2 * torch.randint(2, (n, 1, 1), generator=generator) - 1)
+    light = uniform(0.25, 0.75) + (uniform(-0.2, 0.2) * x + uniform(-0.2, 0.2) * y) / size
+    shade = F.interpolate(torch.randn(n, 1, 4, 4, generator=generator), size=size, mode="bicubic")
+    noise = uniform(-0.04, 0.04, 3, 1, 1) + 0.05 * torch.randn(n, 3, size, size, generator=generator)
+    images = (light + contrast * pattern)[:, None] + 0.12 * shade + noise
     return (images.clamp(0, 1) * 255).byte(), labels
 
 
