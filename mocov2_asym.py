@@ -48,8 +48,8 @@ from common import augment, data
 from common.augment import V2, rng
 
 # ============================================================================== method: recipes and flags
-# imagenet is the paper's (Sec. 4 and 7, its code for the rest). small and demo are our choice, small after MoCo's
-# CIFAR demo: both without blur, and with a queue so short that an image seldom meets its own old key.
+# imagenet is the paper's (Sec. 4 and 7, its code for the rest). small and demo are our choice, small after
+# MoCo's CIFAR demo: no blur, and a queue so short that an image seldom meets its own old key.
 RECIPES = {
     "imagenet": dict(
         arch="resnet50", img_size=224, epochs=100, batch_size=256, lr=0.03, wd=1e-4, warmup_epochs=0,
@@ -60,8 +60,8 @@ RECIPES = {
         bn_groups=8, queue=4096, ema=0.99, temperature=0.1, hidden=512, dim=128, knn_every=10,
         small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
     "demo": dict(
-        arch="tiny", img_size=32, epochs=9, batch_size=64, lr=0.24, wd=1e-4, warmup_epochs=1.5,
-        bn_groups=8, queue=256, ema=0.99, temperature=0.1, hidden=256, dim=128, knn_every=3,
+        arch="tiny", img_size=32, epochs=8, batch_size=64, lr=0.24, wd=1e-4, warmup_epochs=1.5,
+        bn_groups=8, queue=256, ema=0.99, temperature=0.2, hidden=256, dim=128, knn_every=4,
         small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
 }
 
@@ -79,7 +79,7 @@ def method_checks(args, images):
     check(not (args.vanilla_head and args.bn_scope == "projector" and (args.asym_bn or args.sync_bn_src)),
           "--vanilla-head has no BN to synchronise; add --bn-scope all, or leave it out")
     if args.queue > images / 4:
-        say(f"warning: with --queue {args.queue} and {images} images, an image's own old key is among its negatives "
+        say(f"warning: with --queue {args.queue} and {images} images, an image's own old key is a negative "
             f"in {min(1, args.queue / images):.0%} of the cases; --queue {max(1, images // 8)} is safer")
 
 
@@ -116,8 +116,8 @@ class MoCoV2(nn.Module):
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images.
 
-        src, tgt: lists of bags. A bag is a list of views (n, 3, s, s) whose encodings are averaged: the first
-        holds the large views (one, or MeanEnc's), each further one a small crop. generator: draws the shuffle.
+        src, tgt: lists of bags. A bag is a list of views (n, 3, s, s) whose encodings are averaged: first the
+        large views (one, or MeanEnc's), then each small crop by itself. generator: draws the shuffle.
         Returns the loss, a mean over the n images, and the spread of source and target encodings."""
         update_target(self.target, self.source, m)
         q = [F.normalize(encode(self.source, bag, track=i == 0)) for i, bag in enumerate(src)]  # each (n, d)
@@ -177,8 +177,8 @@ class Encoder(nn.Module):
 
 
 def build_backbone(args, bn, **kwargs):
-    """A torchvision ResNet without classifier, and the width of its features. Up to 64 px it has the CIFAR stem:
-    a 3 x 3 convolution, no max-pool. tiny, for the demo, is that stem and four blocks of 16 to 128 channels."""
+    """A torchvision ResNet without classifier, and its features' width. Up to 64 px it has the CIFAR stem:
+    a 3 x 3 convolution, no max-pool. tiny, for the demo: that stem and four blocks of 16 to 128 channels."""
     if args.arch == "tiny":
         net, width = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=bn, **kwargs), 128
         net.inplanes, net.bn1 = 16, bn(16)
@@ -197,9 +197,9 @@ def build_backbone(args, bn, **kwargs):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm on virtual devices, for (n, c) and (n, c, h, w). Image i of the global batch is normalised with
-    the images of group i mod G, however many processes there are; G = 1 is SyncBN. Same state dict as
-    nn.BatchNorm2d. Running statistics: means over the groups here; sync_buffers() takes them over processes."""
+    """BatchNorm on virtual devices, for (n, c) and (n, c, h, w). Image i of the global batch is normalised
+    with the images of group i mod G, however many processes there are; G = 1 is SyncBN. State dict of
+    nn.BatchNorm2d. Running statistics: means over this process's groups; sync_buffers() over processes."""
 
     def __init__(self, features, groups=1, affine=True):
         super().__init__(features, affine=affine)
@@ -283,15 +283,15 @@ def sync_buffers(model):
 # ============================================================================== shared: target update
 @torch.no_grad()
 def update_target(target, source, m):
-    """theta_t = m theta_t + (1 - m) theta_s. Parameters only: BN statistics are those of the target's batches.
+    """theta_t = m theta_t + (1 - m) theta_s. Parameters only: BN statistics come from the target's batches.
     m = 0 makes the target a clone of the source as it stands before this step."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - m)
 
 
 def encode(encoder, views, shuffle=None, track=True):
-    """Encodes a list of views (n, 3, s, s) jointly, averages the raw outputs: (n, d). Two or more views: MeanEnc
-    (Sec. 4.5). shuffle, a generator: all processes' views are permuted as one pool, and back after, so that an
-    image meets other images in the target's BN than in the source's. track: let BN keep running statistics."""
+    """Encodes a list of views (n, 3, s, s) jointly and averages the raw outputs: (n, d). MeanEnc (Sec. 4.5)
+    if they are two or more. shuffle, a generator: all processes' views are permuted as one pool, then back,
+    so that an image's batch-mates in BN are not those of the source. track: BN keeps running statistics."""
     for bn in (m for m in encoder.modules() if isinstance(m, BatchNorm)):
         bn.track = track
     x = torch.cat(views)
@@ -304,9 +304,9 @@ def encode(encoder, views, shuffle=None, track=True):
 
 
 def over_crops(loss, q, k):
-    """MultiCrop's weights (Sec. 4.1). An encoder's crops are one group, the large, or two, large and small; in a
-    group all weigh the same. On the source, as published: the sum over its groups. On the target or on both, our
-    choice: for each of the source's groups the mean over the target's."""
+    """MultiCrop's weights (Sec. 4.1). An encoder's crops are one group, the large, or two, large and small;
+    in a group all weigh the same. On the source, as published: the sum over groups. On the target or on both,
+    our choice: for each of the source's groups the mean over the target's."""
     def groups(crops):
         return [crops[:1], crops[1:]] if len(crops) > 1 else [crops]
 
@@ -317,7 +317,7 @@ def over_crops(loss, q, k):
 
 
 def spread(z):
-    """Standard deviation per channel of unit vectors z (n, d) over the global batch, times sqrt(d): about 1 if
+    """Standard deviation per channel of unit vectors z (n, d) over the global batch, times sqrt(d): near 1 if
     they fill the sphere, 0 if they have collapsed."""
     z = gather(z.detach())
     return z.std(0).mean() * z.shape[1] ** 0.5
@@ -332,7 +332,7 @@ class View:
 
 
 def plan_views(args):
-    """What source and target see: for each a list of bags; a bag is the views whose encodings are averaged."""
+    """What source and target see: for each a list of bags, the views in a bag to be averaged."""
     change = {"base": lambda recipe: recipe, "weak": augment.weak, "strong": augment.strong}
     src = args.aug_src, args.scalemix_src, args.mean_enc_src, args.multicrop_src
     tgt = args.aug_tgt, args.scalemix_tgt, args.mean_enc, args.multicrop_tgt
@@ -353,8 +353,8 @@ def planned_crops(plan):
 
 
 def make_views(plan, crops, total, generator, stats):
-    """This process's crops, each (n, 3, s, s), as views, arranged as in the plan. Parameters are drawn for the
-    global batch of total images. stats: mean and standard deviation of the data."""
+    """This process's crops, each (n, 3, s, s), as views, arranged as in the plan. Parameters are drawn for
+    the global batch of total images. stats: mean and standard deviation of the data."""
     crops, (mean, std) = iter(crops), map(torch.tensor, stats)
 
     def make(view, mix):
@@ -394,8 +394,8 @@ def lr_factor(step, total, warmup):
 
 # ============================================================================== shared: flags
 METHOD, FORMAT = Path(__file__).stem, 1  # FORMAT: of last.pt
-MAY_DIFFER = {"out", "overwrite", "nproc", "workers", "device", "steps", "log_every", "save_every",  # on resuming
-              "knn_every", "show_views", "dry_run", "data_root", "download", "strict_images"}
+MAY_DIFFER = {"out", "overwrite", "nproc", "workers", "device", "steps", "log_every", "save_every",
+              "knn_every", "show_views", "dry_run", "data_root", "download", "strict_images"}  # on resuming
 
 
 def number(kind, low, high=math.inf):
@@ -417,11 +417,11 @@ def make_parser():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: stop(f"{message}; --help lists the flags")
     flag = p.add_argument_group("data and recipe (defaults: the recipe's, a table in this file)").add_argument
-    flag("--data", default="demo", help=f"{', '.join(data.NAMES)}, or a folder: train/ and val/, classes, flat")
+    flag("--data", default="demo", help=f"{', '.join(data.NAMES)}, or a folder (see README)")
     flag("--data-root", default="data", metavar="DIR", help="where torchvision's data sets are, or go")
     flag("--download", action="store_true", help="let torchvision download the data set")
     flag("--strict-images", action="store_true", help="stop at an unreadable image instead of replacing it")
-    flag("--recipe", choices=RECIPES, help="default: demo for demo, small for torchvision's sets, else imagenet")
+    flag("--recipe", choices=RECIPES, help="default: demo for demo, small for small sets, else imagenet")
     flag("--arch", help="any torchvision resnet, or tiny")
     flag("--img-size", type=count, help="pixels of the large views; up to 64, resnets get the CIFAR stem")
     flag("--epochs", type=count, help="length of training and of its schedules")
@@ -431,8 +431,8 @@ def make_parser():
     flag("--wd", type=number(float, 0), help="weight decay")
     flag("--warmup-epochs", type=number(float, 0), help="linear warm-up of the learning rate")
     flag("--seed", type=number(int, 0), default=0, help="of everything random")
-    flag("--workers", type=number(int, 0), default=min(8, os.cpu_count()), help="loader processes per process")
-    flag("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; auto: on CUDA")
+    flag("--workers", type=number(int, 0), default=min(8, os.cpu_count()), help="loader processes")
+    flag("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     flag("--bn-groups", type=count, metavar="G", help="virtual devices of BatchNorm; 1 is SyncBN")
     method_flags(p.add_argument_group("method").add_argument)
@@ -440,16 +440,16 @@ def make_parser():
     for side, name in (("src", "source"), ("tgt", "target")):
         flag(f"--multicrop-{side}", action="store_true", help=f"MultiCrop on the {name} (Sec. 4.1)")
         flag(f"--scalemix-{side}", action="store_true", help=f"ScaleMix on the {name} (Sec. 4.2)")
-        flag(f"--aug-{side}", choices=("base", "weak", "strong"), help=f"the {name}'s augmentation (Sec. 4.3)")
+        flag(f"--aug-{side}", choices=("base", "weak", "strong"), help=f"augmentation, {name} (Sec. 4.3)")
     flag("--asym-aug", action="store_true", help="AsymAug: --aug-tgt weak (Sec. 4.3)")
     flag("--asym-bn", action="store_true", help="AsymBN: SyncBN in the target's projector (Sec. 4.4)")
     flag("--sync-bn-src", action="store_true", help="SyncBN in the source's projector (Sec. 4.4)")
-    flag("--bn-scope", choices=("projector", "all"), default="projector", help="all: in the backbone too (fn. 4)")
+    flag("--bn-scope", choices=("projector", "all"), default="projector", help="all: backbone too (fn. 4)")
     flag("--mean-enc", type=count, default=1, metavar="N", help="MeanEnc: mean of N target views (Sec. 4.5)")
     flag("--mean-enc-src", type=count, default=1, metavar="N", help="mean of N source views (Sec. 4.5)")
     flag("--num-small", type=count, default=6, help="MultiCrop's small crops")
     flag("--small-size", type=count, help="their pixels")
-    flag("--small-scale", type=share, nargs=2, metavar="S", help="their share of the image's area, from and to")
+    flag("--small-scale", type=share, nargs=2, metavar="S", help="their share of the area, from and to")
     flag("--large-scale", type=share, nargs=2, metavar="S", help="the large crops' share with MultiCrop")
     flag = p.add_argument_group("run").add_argument
     flag("--out", metavar="DIR", help="default: runs/METHOD-DATA-FLAGS; the same command again resumes")
@@ -471,7 +471,7 @@ def parse_args(argv):
     useless = {"num_small", "small_size", "small_scale", "large_scale"} & given.keys()
     check(multicrop or not useless, f"{dashed(useless)}: no --multicrop-src or --multicrop-tgt to act on")
     check(sync_bn or args.bn_scope == "projector", "--bn-scope: no --asym-bn or --sync-bn-src to act on")
-    check(not args.asym_aug or args.aug_tgt in (None, "weak"), "--asym-aug is --aug-tgt weak; drop one of the two")
+    check(not args.asym_aug or args.aug_tgt in (None, "weak"), "--asym-aug is --aug-tgt weak; drop one")
     args.aug_src, args.aug_tgt = args.aug_src or "base", args.aug_tgt or ("weak" if args.asym_aug else "base")
     recipe = "demo" if args.data == "demo" else "small" if args.data in data.NAMES else "imagenet"
     args.recipe, args.knn_asked = args.recipe or recipe, "knn_every" in given
@@ -488,19 +488,20 @@ def check_flags(args, world):
     check(n % world == 0, f"--batch-size {n} does not divide among {world} processes; use {near(n, world)}")
     check(g == 1 or g % world == 0,
           f"--bn-groups {g} does not divide among {world} processes; use {near(g, world)}, or 1 (SyncBN)")
-    check(n % g == 0, f"--batch-size {n} does not divide into {g} BN groups; use {near(n, math.lcm(g, world))}")
+    check(n % g == 0, f"--batch-size {n} does not make {g} BN groups; use {near(n, math.lcm(g, world))}")
     check(n > g, f"--batch-size {n} leaves one image in each of {g} BN groups; use {2 * g} or more")
-    check(g > 1 or not (args.asym_bn or args.sync_bn_src), "--asym-bn and --sync-bn-src change nothing with one BN "
-          "group, which is SyncBN; add --bn-groups 8, and compare with --bn-groups 8 alone")
+    check(g > 1 or not (args.asym_bn or args.sync_bn_src), "--asym-bn and --sync-bn-src change nothing with "
+          "one BN group, which is SyncBN already; add --bn-groups 8, and compare with --bn-groups 8 alone")
     least = 8 if args.arch == "tiny" or args.img_size <= 64 else 32
-    smallest = min(args.img_size, args.small_size if args.multicrop_src or args.multicrop_tgt else args.img_size)
+    multicrop = args.multicrop_src or args.multicrop_tgt
+    smallest = min(args.img_size, args.small_size if multicrop else args.img_size)
     check(smallest >= least, f"views of {smallest} px are too small for {args.arch}; use {least} px or more")
     known = ["tiny", *torchvision.models.list_models(torchvision.models, include="*resne*")]
     check(args.arch in known, f"--arch {args.arch} is unknown; use one of {' '.join(known)}")
     for low, high in (args.small_scale, args.large_scale):
-        check(0 < low <= high, f"crops of {low} to {high} of the area are empty; give two shares, the smaller first")
+        check(0 < low <= high, f"crops of {low} to {high} of the area: give two shares, the smaller first")
     cuda = args.device.split(":")[0] == "cuda"
-    check(torch.cuda.is_available() or not cuda, f"--device {args.device}: torch sees no GPU; use --device cpu")
+    check(torch.cuda.is_available() or not cuda, f"--device {args.device}: torch sees no GPU; try cpu")
     check(cuda or args.amp != "fp16", f"--amp fp16 does not work on {args.device}; use --amp bf16 or off")
 
 
@@ -532,7 +533,7 @@ def say(message, end="\n"):
 
 # ============================================================================== shared: training
 def global_batches(n, batch, seed, first, last):
-    """(step, rows of the global batch) for first <= step < last: a permutation per epoch, its rest dropped."""
+    """(step, rows of the global batch), first <= step < last: a permutation per epoch, its rest dropped."""
     for step in range(first, last):
         epoch, i = divmod(step, n // batch)
         if step == first or i == 0:
@@ -551,7 +552,8 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
     if run.step == 0:
         run.log({"step": 0, "epoch": 0, **measure(args, model, plan, images, bank, queries, device)})
     batches = global_batches(len(images), batch, args.seed, run.step, last)
-    stream = data.stream(images, planned_crops(plan), batches, args.seed, rank(), world_size(), args.workers, device)
+    crops_of = partial(data.stream, images, planned_crops(plan))
+    stream = crops_of(batches, args.seed, rank(), world_size(), args.workers, device)
     clock, waited, since, bad = time.time(), 0.0, run.step, 0
     for step in range(run.step, last):
         asked = time.time()
@@ -577,8 +579,8 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
                      **{k: v.item() for k, v in spreads.items()},
                      "grad_norm": torch.nn.utils.get_total_norm(grads).item(), "mem_gb": memory(device),
                      "bad_images": all_sum(torch.tensor(bad)).item()}
-            check(math.isfinite(entry["loss"]), f"the loss of step {done} is {entry['loss']}: --lr too large, or fp16 "
-                  f"(try --amp bf16)? {run.out}/last.pt holds the last good state")
+            check(math.isfinite(entry["loss"]), f"the loss of step {done} is {entry['loss']}: --lr too big? "
+                  f"fp16 (try bf16)? {run.out}/last.pt holds the last good state")
         scaler.step(optimizer)
         scaler.update()
         run.step, signalled = done, run.signalled()
@@ -588,8 +590,8 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
                       "eta_s": (last - done) * seconds / (done - since)}
             waited, since, bad = 0.0, done, 0
             if min(entry["std_src"], entry["std_tgt"]) < 0.1:
-                say(f"warning: the encodings have nearly collapsed at step {done} (std {entry['std_src']:.3f} and "
-                    f"{entry['std_tgt']:.3f}; healthy: about 1); is --lr too large, or the batch too small?")
+                say(f"warning: the encodings have nearly collapsed (std {entry['std_src']:.3f} and "
+                    f"{entry['std_tgt']:.3f}; healthy: near 1); is --lr too large, or the batch too small?")
             if ends_epoch and done // epoch % args.knn_every == 0 or done == last:
                 entry |= measure(args, model, plan, images, bank, queries, device)
                 clock = time.time()
@@ -597,7 +599,8 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
         if ends_epoch and done // epoch % args.save_every == 0 or done == last or signalled:
             run.save(model, optimizer, scaler)
         if signalled:
-            stop(f"{signal.Signals(signalled).name}: saved step {done}; the same command continues", 128 + signalled)
+            name = signal.Signals(signalled).name
+            stop(f"{name}: saved step {done}; the same command continues", 128 + signalled)
 
 
 def report(args, unreadable):
@@ -642,8 +645,8 @@ def features(args, backbone, images, device):
 
 
 def knn(bank, queries, k=200, temperature=0.1):
-    """Share of queries whose class wins among the k nearest of the bank, which vote with exp(cosine / temperature).
-    bank and queries: unit vectors (n, c) and labels (n,)."""
+    """Share of queries whose class wins the vote of the k nearest in the bank, with weights
+    exp(cosine / temperature). bank and queries: unit vectors (n, c) and labels (n,)."""
     (keys, labels), right = bank, 0
     for x, truth in zip(*(t.split(1000) for t in queries), strict=True):
         cosine, row = (x @ keys.T).topk(min(k, len(keys)))
@@ -655,27 +658,28 @@ def knn(bank, queries, k=200, temperature=0.1):
 
 def variances(args, model, plan, images, device):
     """The paper's intra-image variance per dimension (Sec. 3), live: both encoders, as configured (views, BN,
-    MeanEnc), encode images twice. Unbiased variance of an image's unit vectors, small crops' too; mean over images."""
+    MeanEnc), encode images twice. Unbiased variance of an image's unit vectors, small crops included."""
     n, total, once = args.batch_size, {"v_src": 0.0, "v_tgt": 0.0}, {}
     chunks = min(math.ceil(TWICE / n), len(images) // n)
     steps = [(f"{t} {c}", torch.arange(c * n, (c + 1) * n)) for c in range(chunks) for t in ("once", "again")]
-    stream = data.stream(images, planned_crops(plan), steps, args.seed, rank(), world_size(), args.workers, device)
+    crops_of = partial(data.stream, images, planned_crops(plan))
+    stream = crops_of(steps, args.seed, rank(), world_size(), args.workers, device)
     for (name, _), (crops, _) in zip(steps, stream, strict=True):
         generator = rng(args.seed, "views", name)
         sides = make_views(plan, crops, n, generator, images.stats)
         for v, encoder, bags in zip(total, (model.source, model.target), sides, strict=True):
             shuffle = generator if model.shuffle and encoder is model.target else None
-            z = torch.stack([F.normalize(encode(encoder, bag, shuffle, track=False)) for bag in bags])  # (., n, d)
+            z = torch.stack([F.normalize(encode(encoder, bag, shuffle, track=False)) for bag in bags])
             if name.startswith("again"):
-                z_all = torch.cat([once[v], z])
-                total[v] += (all_sum(z_all.var(0).mean()) / world_size() / chunks).item()
+                both = torch.cat([once[v], z])  # (views, n, d)
+                total[v] += (all_sum(both.var(0).mean()) / world_size() / chunks).item()
             once[v] = z
     return total
 
 
 # ============================================================================== shared: checkpoint
 class Run:
-    """The folder of a run: args.json, log.jsonl, last.pt, the backbones, a copy of this script. Rank 0 writes."""
+    """A run's folder: args.json, log.jsonl, last.pt, the backbones, a copy of this script. Rank 0 writes."""
 
     def __init__(self, args, about):
         self.out, self.step, self.signal = Path(args.out), 0, 0
@@ -697,9 +701,10 @@ class Run:
             all_sum(torch.zeros(1))  # all have read
         except Exception as e:  # a truncated or foreign file raises nearly anything
             stop(f"--out {self.out} cannot be used ({type(e).__name__}: {e}); use another, or --overwrite")
-        check(found == FORMAT, f"{last} has format {found}, not {FORMAT}; use the copy of the script beside it")
+        check(found == FORMAT, f"{last} has format {found}, not {FORMAT}; use the script copied beside it")
         pairs = [("method", old["method"], METHOD)]
-        pairs += [(dashed([k]), old["args"].get(k), v) for k, v in self.about["args"].items() if k not in MAY_DIFFER]
+        for k in self.about["args"].keys() - MAY_DIFFER:
+            pairs.append((dashed([k]), old["args"].get(k), self.about["args"][k]))
         differ = ", ".join(f"{k} {a} there, {b} here" for k, a, b in pairs if a != b)
         check(not differ, f"--out {self.out} holds another run ({differ}); use another, or --overwrite")
         if state:
@@ -708,7 +713,7 @@ class Run:
                 part.load_state_dict(state[name])
         if rank() == 0:
             lines = log.read_text().splitlines() if state and log.exists() else []
-            lines = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= self.step]
+            lines = [x for x in lines if x.endswith("}") and json.loads(x).get("step", 0) <= self.step]
             lines = lines or [json.dumps({"command": sys.argv, **self.about})]
             self.write(log, lambda path: path.write_text("\n".join(lines) + "\n"))
             self.write(ours, lambda path: path.write_text(json.dumps(self.about, indent=1)))
@@ -722,7 +727,8 @@ class Run:
             state = {"format": FORMAT, **self.about, "step": self.step, "model": model.state_dict(),
                      "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             backbone, target = model.source.backbone.state_dict(), model.target.backbone.state_dict()
-            for name, what in (("last.pt", state), ("backbone.pth", backbone), ("backbone_target.pth", target)):
+            files = {"last.pt": state, "backbone.pth": backbone, "backbone_target.pth": target}
+            for name, what in files.items():
                 self.write(self.out / name, lambda path, what=what: torch.save(what, path))
 
     def write(self, path, how):
@@ -733,14 +739,15 @@ class Run:
             os.replace(aside, path)
         except (OSError, RuntimeError) as e:
             aside.unlink(missing_ok=True)
-            stop(f"cannot write {path} ({e}); make room, or use another --out: what was saved before is as it was", 1)
+            stop(f"cannot write {path} ({e}); make room, or use another --out. The old file is intact", 1)
 
     def log(self, entry):
         """A line to log.jsonl, and one to the terminal, where it is updated in place."""
         text = "epoch {epoch:.2f}  step {step}".format(**entry)
         if "loss" in entry:
             text += "  loss {loss:.3f} / chance {chance:.3f}  std {std_src:.2f} {std_tgt:.2f}".format(**entry)
-            text += "  {img_s:.0f} img/s".format(**entry) + time.strftime("  eta %H:%M:%S", time.gmtime(entry["eta_s"]))
+            text += "  {img_s:.0f} img/s  eta ".format(**entry)
+            text += time.strftime("%H:%M:%S", time.gmtime(entry["eta_s"]))
         if "v_src" in entry:
             text += "\n  v_src {v_src:.2e}  v_tgt {v_tgt:.2e}".format(**entry)
             text += f"  v_tgt/v_src {entry['v_tgt'] / entry['v_src']:.2f}"
@@ -821,7 +828,7 @@ def work(args):
     report(args, images.bad)
     n, batch, groups, world = len(images), args.batch_size, args.bn_groups, world_size()
     check(batch <= n, f"--batch-size {batch} is more than the {n} images; use {n // groups * groups} or less")
-    check(args.warmup_epochs < args.epochs, f"--warmup-epochs {args.warmup_epochs} must be less than --epochs")
+    check(args.warmup_epochs < args.epochs, f"--warmup-epochs {args.warmup_epochs} is no less than --epochs")
     check(bank is not None or not args.knn_asked, f"--knn-every: {args.data} has no labels; leave it out")
     method_checks(args, n)
     amp, args.peak_lr = args.amp, args.lr * batch / 256
@@ -830,7 +837,8 @@ def work(args):
     args.autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     torch.manual_seed(args.seed)
     model = Method(args).to(device)
-    optimizer, scaler = Method.optimizer(args, model), torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    optimizer = Method.optimizer(args, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def size(tensors):
         return sum(t.numel() for t in tensors) / 1e6
@@ -840,19 +848,19 @@ def work(args):
         f"  {args.arch}, {backbone:.2f} M parameters; both encoders with heads {heads:.2f} M; buffers "
         f"{4 * size(model.buffers()):.2f} MB; {device}, autocast {amp}, seed {args.seed}\n"
         f"  {args.epochs} epochs of {steps} steps, {args.epochs * steps} in all; batch {batch} = {world} x "
-        f"{batch // world}, {groups} BN group(s) of {batch // groups}; lr {args.lr} x {batch}/256 = {args.peak_lr:.4g}\n"
+        f"{batch // world} in {groups} BN group(s); lr {args.lr} x {batch}/256 = {args.peak_lr:.4g}\n"
         f"  loss at chance level {Method.chance(args):.3f}; output: {args.out}")
     if args.show_views and rank() == 0:
         show_views(args, plan_views(args), images)
     if args.show_views or args.dry_run:
         return
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    run = Run(args, {"method": METHOD, "args": flags, "mean": images.stats[0], "std": images.stats[1], "images": n,
-                     "classes": len(images.classes), "chance": Method.chance(args), "versions": versions})
+    run = Run(args, {"method": METHOD, "args": flags, "mean": images.stats[0], "std": images.stats[1],
+                     "images": n, "chance": Method.chance(args), "versions": versions})
     run.open(args, model, optimizer, scaler)
     if run.step:
         more = run.step < min(args.epochs * steps, args.steps or math.inf)
-        say(f"  resuming at step {run.step}" if more else f"  complete at step {run.step}; --overwrite starts again")
+        say(f"  resuming at step {run.step}" if more else "  complete; --overwrite repeats it")
     before = {s: signal.signal(s, lambda number, frame: setattr(run, "signal", number)) for s in SIGNALS}
     train(args, run, model, optimizer, scaler, images, bank, queries, device)
     for s, handler in before.items():

@@ -1,18 +1,18 @@
 """Augmentations, on batches: what an image goes through between the crop and the network.
 
-An image batch is a float tensor (n, 3, h, w) in [0, 1], square. Every operation takes one parameter *per
-image*, drawn on the CPU for the *global* batch from a generator that depends on the seed and the step alone; a
-process uses its slice. So a run does not depend on the number of processes, and resuming needs no random state.
+An image batch is a float tensor (n, 3, h, w) in [0, 1], square. Operations take one parameter per image,
+drawn on the CPU for the *global* batch by a generator that depends on seed and step alone; a process uses
+its slice. So a run does not depend on the number of processes, and resuming needs no random state.
 
-    recipe = strong(V2)                              # what may happen, with which probability
-    params = draw(recipe, 256, rng(seed, step))      # what happens to each of the 256 images of the global batch
+    recipe = strong(V2)                          # what may happen, with which probability
+    params = draw(recipe, 256, rng(seed, step))  # what happens to each of the 256 images of the global batch
     x = augment(x, recipe, {k: v[rank::world] for k, v in params.items()}, mean, std)
 
-Order: flip, jitter (its four parts in an order of the image's own), grey, blur, solarize, RandAugment, normalize.
-The papers' codes put the flip first or last; it commutes with all but RandAugment, which the paper's code has last.
+Order: flip, jitter (its parts in an order of the image's own), grey, blur, solarize, RandAugment, normalize.
+The papers' codes flip first or last; it commutes with all but RandAugment, which the paper's code has last.
 Each operation equals torchvision's functional form (tests/test_augment.py gives the tolerances). Deviations:
-  * The blur is a true Gaussian cut at 11 pixels (23 taps, as BYOL's at 224 px), or at the image's size where that
-    is less than 12 px; PIL's, used by MoCo, is three box blurs.
+  * The blur is a true Gaussian cut at 11 pixels (23 taps, as BYOL's at 224 px), or at the image's size below
+    12 px; PIL's, used by MoCo, is three box blurs.
   * BYOL's and SimCLR v1's brightness is additive in their code; here it multiplies, as torchvision's does.
   * RandAugment interpolates bilinearly; timm's picks bilinear or bicubic at random.
 """
@@ -27,22 +27,21 @@ import torchvision.transforms.v2.functional as TF
 
 
 def rng(*key):
-    """A CPU generator that is a function of the key alone: integers and strings, such as (seed, "views", step)."""
+    """A CPU generator that is a function of the key alone, integers and strings: (seed, "views", step)."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch's uses 32 bits
-
 
 # ---- recipes ----
 
 @dataclass(frozen=True)
 class Recipe:
-    """One encoder's augmentation. Probabilities per image; jitter strengths: brightness, contrast, saturation, hue."""
+    """One encoder's augmentation: probabilities per image."""
 
     scale: tuple = (0.2, 1.0)  # the crop's share of the image's area
     bicubic: bool = False  # the crop's interpolation; bilinear otherwise
     flip: float = 0.5
     jitter: float = 0.8
-    strength: tuple = (0.4, 0.4, 0.4, 0.1)
+    strength: tuple = (0.4, 0.4, 0.4, 0.1)  # of the jitter: brightness, contrast, saturation, hue
     grey: float = 0.2
     blur: float = 0.5  # sigma uniform in [0.1, 2] pixels
     solarize: float = 0.0  # inverts what is above 0.5
@@ -51,44 +50,45 @@ class Recipe:
 
 
 V2 = Recipe()  # MoCo v2, SimSiam: both views
-BYOL1 = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.4, 0.4, 0.2, 0.1), blur=1.0)  # BYOL, Barlow: view 1
-BYOL2 = replace(BYOL1, blur=0.1, solarize=0.2)  # ... and view 2
+BYOL1 = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.4, 0.4, 0.2, 0.1), blur=1.0)
+BYOL2 = replace(BYOL1, blur=0.1, solarize=0.2)  # BYOL, Barlow Twins: views 1 and 2
 SIMCLR = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.8, 0.8, 0.8, 0.2), normalize=False)
 
 
 def strong(recipe):
-    """StrongerAug (Sec. 4.3): the recipe, then RandAugment as the paper's code names it, rand-m10-n2-mstd0.5."""
+    """StrongerAug (Sec. 4.3): the recipe, then RandAugment, timm's rand-m10-n2-mstd0.5 as in the paper."""
     return replace(recipe, randaugment=True)
 
 
 def weak(recipe):
-    """WeakerAug (Sec. 4.3): crop and flip only. The paper's code also widens the crop's scale to (0.08, 1)."""
+    """WeakerAug (Sec. 4.3): crop and flip only. The paper's code widens the crop's scale to (0.08, 1)."""
     return replace(recipe, scale=(0.08, 1.0), jitter=0.0, grey=0.0, blur=0.0, solarize=0.0, randaugment=False)
 
 
 def draw(recipe, n, generator):
-    """Parameters for n images: a dict of CPU tensors with n rows. Two recipes make the same draws from a generator
-    and differ in what they do with them."""
+    """Parameters for n images: a dict of CPU tensors with n rows. Two recipes make the same draws from a
+    generator and differ in what they do with them."""
     u = torch.rand(n, 10, generator=generator)
     jitter = torch.tensor(recipe.strength) * (2 * torch.rand(n, 4, generator=generator) - 1)
     return {
         "flip": u[:, 0] < recipe.flip,
         "jitter": u[:, 1] < recipe.jitter,
-        "factors": torch.cat([(1 + jitter[:, :3]).clamp_min(0), jitter[:, 3:]], 1),  # three factors, hue's shift
+        "factors": torch.cat([(1 + jitter[:, :3]).clamp_min(0), jitter[:, 3:]], 1),  # factors, hue's shift
         "order": torch.rand(n, 4, generator=generator).argsort(1),
         "grey": u[:, 2] < recipe.grey,
         "blur": u[:, 3] < recipe.blur,
         "sigma": 0.1 + 1.9 * u[:, 4],
         "solarize": u[:, 5] < recipe.solarize,
-        "op": torch.randint(len(OPS), (n, 2), generator=generator),  # RandAugment: two operations, with replacement,
-        "on": u[:, 6:8] < 0.5,  # each applied with probability 0.5,
-        "magnitude": (1 + 0.05 * torch.randn(n, 2, generator=generator)).clamp(0, 1),  # N(10, 0.5) cut at 10, out of 10,
-        "sign": (u[:, 8:10] < 0.5) * 2.0 - 1,  # in either direction where there are two
+        # RandAugment: two operations, with replacement, each applied half the time; N(10, 0.5) / 10 cut at 1
+        "op": torch.randint(len(OPS), (n, 2), generator=generator),
+        "on": u[:, 6:8] < 0.5,
+        "magnitude": (1 + 0.05 * torch.randn(n, 2, generator=generator)).clamp(0, 1),
+        "sign": (u[:, 8:10] < 0.5) * 2.0 - 1,
     }
 
 
 def augment(x, recipe, params, mean, std):
-    """Applies a recipe to images (n, 3, s, s) in [0, 1] with n rows of draw()'s parameters; returns new images."""
+    """A recipe applied to images (n, 3, s, s) in [0, 1] with n rows of draw()'s parameters; new images."""
     x, p = x.clone(), params
     on(x, p["flip"], lambda x: x.flip(3))
     for slot in range(4):
@@ -106,13 +106,11 @@ def augment(x, recipe, params, mean, std):
 
 
 def on(x, mask, op, *params):
-    """Replaces the images that mask (n,) marks by op(images, *their parameters). Masks live on the CPU: no waiting
-    for a GPU."""
+    """Replaces the images of mask (n,) by op(images, *their parameters). A CPU mask: no wait for GPUs."""
     rows = mask.nonzero().squeeze(1)
     if len(rows):
         there = rows.to(x.device, non_blocking=True)
         x[there] = op(x[there], *(p[rows].to(x.device, non_blocking=True) for p in params)).to(x.dtype)
-
 
 # ---- photometric operations: images (n, 3, h, w) in [0, 1] and one parameter per image (n,) ----
 
@@ -143,12 +141,12 @@ def hue(x, shift):
 
 
 def gaussian_blur(x, sigma, radius=11):
-    """Blurs with a standard deviation of sigma pixels and reflected borders: two products with band matrices."""
+    """Blur by sigma pixels (a standard deviation), reflected borders: two products with band matrices."""
 
     def matrix(size):  # (n, size, size): the weight of pixel j in pixel i, mirror images of j included
         i, j = torch.arange(size, device=x.device).view(-1, 1), torch.arange(size, device=x.device)
-        left, right = (i + j).masked_fill(j == 0, size), (2 * size - 2 - i - j).masked_fill(j == size - 1, size)
-        d = torch.stack([(i - j).abs(), left, right]).float()
+        right = (2 * size - 2 - i - j).masked_fill(j == size - 1, size)
+        d = torch.stack([(i - j).abs(), (i + j).masked_fill(j == 0, size), right]).float()
         w = (-0.5 * (d / sigma.view(-1, 1, 1, 1)) ** 2).exp() * (d <= min(radius, size - 1))
         w = w.sum(1)
         return w / w.sum(2, keepdim=True)
@@ -156,11 +154,10 @@ def gaussian_blur(x, sigma, radius=11):
     rows, cols = matrix(x.shape[2]), matrix(x.shape[3])
     return rows[:, None] @ x @ cols[:, None].transpose(2, 3)
 
-
 # ---- RandAugment's fifteen operations: (images, magnitude in [0, 1], sign) ----
 
 def affine(x, rows, fill=128 / 255):
-    """Samples x at each image's 2 x 3 matrix times (x, y, 1), coordinates in [-1, 1]; fill where there is no image."""
+    """Samples x at (an image's 2 x 3 matrix) (x, y, 1), coordinates in [-1, 1]; fill outside."""
     matrix = [torch.stack([torch.as_tensor(v).to(x).expand(len(x)) for v in row], 1) for row in rows]
     grid = F.affine_grid(torch.stack(matrix, 1), x.shape, align_corners=False)
     return F.grid_sample(x - fill, grid, align_corners=False) + fill
@@ -177,14 +174,14 @@ def posterize(x, m, sign):
 
 
 def solarize(x, m, sign):
-    return torch.where(x * 255 >= (256 * m).floor().view(-1, 1, 1, 1), 1 - x, x)  # 256, nothing, at full magnitude
+    return torch.where(x * 255 >= (256 * m).floor().view(-1, 1, 1, 1), 1 - x, x)  # nothing at m = 1
 
 
 def solarize_add(x, m, sign):
     return torch.where(x * 255 < 128, (x + (110 * m).floor().view(-1, 1, 1, 1) / 255).clamp_max(1), x)
 
 
-OPS = {  # shears are about the upper left corner, as PIL's; translations by up to 0.45 of the image; factors up to 1.9
+OPS = {  # shears are about the upper left corner, as PIL's; translations reach 0.45 of the image, factors 1.9
     "AutoContrast": lambda x, m, sign: TF.autocontrast(x),
     "Equalize": lambda x, m, sign: TF.equalize((x * 255).round().to(torch.uint8)).to(x) / 255,
     "Invert": lambda x, m, sign: 1 - x,
@@ -202,33 +199,29 @@ OPS = {  # shears are about the upper left corner, as PIL's; translations by up 
     "TranslateYRel": lambda x, m, sign: affine(x, [[1, 0, 0], [0, 1, 0.9 * m * sign]]),
 }
 
-
 # ---- crops and ScaleMix ----
 
 def crop_boxes(n, height, width, scale, generator):
-    """RandomResizedCrop's law: boxes (n, 4) of top, left, height, width in pixels. Share of the area uniform in scale,
-    aspect ratio log-uniform in [3/4, 4/3], ten tries, then the largest central box of an allowed ratio."""
+    """RandomResizedCrop's law: boxes (n, 4) of top, left, height, width in pixels. Share of the area uniform,
+    ratio log-uniform in [3/4, 4/3], ten tries, then the largest central box of an allowed ratio."""
     u = torch.rand(n, 22, generator=generator)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, :10])
     ratio = ((2 * u[:, 10:20] - 1) * math.log(4 / 3)).exp()
     w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = torch.where(fits, torch.arange(10), 10).amin(1, keepdim=True)  # 10: none of them
-    whole_w, whole_h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    w = torch.cat([w, torch.full((n, 1), whole_w)], 1).gather(1, first).squeeze(1)
-    h = torch.cat([h, torch.full((n, 1), whole_h)], 1).gather(1, first).squeeze(1)
-    none = first.squeeze(1) == 10
+    none, first = ~fits.any(1), (torch.arange(n), fits.int().argmax(1))
+    w = torch.where(none, min(width, round(height * 4 / 3)), w[first])
+    h = torch.where(none, min(height, round(width * 4 / 3)), h[first])
     top = torch.where(none, (height - h) // 2, (u[:, 20] * (height - h + 1)).long())
     left = torch.where(none, (width - w) // 2, (u[:, 21] * (width - w + 1)).long())
     return torch.stack([top, left, h, w], 1)
 
 
 def crop_batch(images, boxes, size, bicubic=False):
-    """Crops uint8 images (n, 3, H, W) to boxes (n, 4) and resizes them with antialiasing: float (n, 3, size, size) in
-    [0, 1]. Resizing is linear in rows and columns, so a batch of crops is two products with matrices (n, size, H)."""
+    """Crops uint8 images (n, 3, H, W) to boxes (n, 4), resizes with antialiasing: float (n, 3, size, size) in
+    [0, 1]. Resizing is linear in rows and in columns, so a batch of crops is two products with matrices."""
 
-    def matrix(length, start, extent):  # (n, size, length): the weight of each pixel in each pixel of the crop
-        start, extent = start.to(images.device).view(-1, 1, 1), extent.to(images.device).view(-1, 1, 1)
+    def matrix(length, start, extent):  # (n, size, length): the weights of pixels in pixels of the crop
         pixel = torch.arange(length, device=images.device) + 0.5 - start
         centre = (torch.arange(size, device=images.device).view(-1, 1) + 0.5) * extent / size
         d = ((pixel - centre) / (extent / size).clamp_min(1)).abs()
@@ -239,14 +232,14 @@ def crop_batch(images, boxes, size, bicubic=False):
         w = w * ((pixel > 0) & (pixel < extent))
         return w / w.sum(2, keepdim=True)
 
-    top, left, height, width = boxes.unbind(1)
+    top, left, height, width = boxes.to(images.device).view(-1, 4, 1, 1).unbind(1)
     rows, cols = matrix(images.shape[2], top, height), matrix(images.shape[3], left, width)
     return (rows[:, None] @ (images.float() / 255) @ cols[:, None].transpose(2, 3)).clamp(0, 1)
 
 
 def scalemix_boxes(n, size, generator):
-    """CutMix's law (Sec. 4.2): boxes (n, 4) of top, bottom, left, right. Sides size * sqrt(1 - lambda), lambda uniform,
-    centre uniform, cut at the border, which leaves 0.32 of the area on average."""
+    """CutMix's law (Sec. 4.2): boxes (n, 4) of top, bottom, left, right. Sides size * sqrt(1 - lambda),
+    lambda and the centre uniform, cut at the border, which leaves 0.32 of the area on average."""
     half = (size * (1 - torch.rand(n, generator=generator)).sqrt()).long() // 2
     y, x = torch.randint(size, (2, n), generator=generator)
     return torch.stack([y - half, y + half, x - half, x + half], 1).clamp(0, size)

@@ -1,14 +1,13 @@
 """Data sets in, crops out.
 
-load() gives an Images object: either all pixels in memory as one uint8 tensor (demo data, CIFAR, small folders of equally
-sized images), or a table of paths that loader workers decode. Either way stream() yields, step by step, the crops of this
-process's share of the global batch; everything after the crop is common/augment.py's, on the training device.
+load() gives an Images object: either all pixels in memory as one uint8 tensor (demo data, CIFAR, folders of
+equally sized images), or a table of paths that workers decode. Either way stream() yields, step by step, the
+crops of this process's share of the global batch; common/augment.py does the rest on the training device.
 """
 
 import math
 import os
 import signal
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -35,9 +34,9 @@ class DataError(Exception):
 
 @dataclass
 class Images:
-    """Images of one split. pixels: uint8 (n, 3, h, w), or None; then paths: bytes (n,), one fixed-width NumPy array, since a
-    Python list would be copied into every worker as its reference counts are touched. labels: int64 (n,), -1 for none, or
-    None. stats: mean and standard deviation per channel. bad: paths that could not be read while loading."""
+    """Images of one split. pixels: uint8 (n, 3, h, w), or None; then paths: bytes (n,), a NumPy array, as
+    a list would be copied into each worker when reference counts are touched. labels: int64 (n,), -1 for
+    none, or None. stats: mean and standard deviation per channel. bad: paths found unreadable in loading."""
 
     pixels: torch.Tensor = None
     paths: np.ndarray = None
@@ -57,62 +56,58 @@ class Images:
         return replace(self, pixels=take(self.pixels), paths=paths, labels=take(self.labels))
 
     def decode(self, row):
-        """Image number row as uint8 (3, h, w), and the row it really is: one that cannot be read is replaced by the next
-        that can, so that processes and resumed runs agree."""
+        """Image number row as uint8 (3, h, w), and the row it really is: one that cannot be read is replaced
+        by the next that can, so that processes and resumed runs agree."""
         if self.pixels is not None:
             return self.pixels[row], row
         for i in range(100):
             there = (row + i) % len(self)
             try:
                 return read_image(os.fsdecode(self.paths[there])), there
-            except Exception:  # PIL raises nearly anything on a broken file; the caller names and counts the file
+            except Exception:  # PIL raises nearly anything on a broken file; the caller names it
                 continue
         raise DataError(f"no readable image among the 100 from {os.fsdecode(self.paths[row])} on")
 
 
 def read_image(path):
-    """An image file as uint8 (3, h, w): grey is repeated, alpha dropped, CMYK converted, 16 bits scaled to 8."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", message="Palette images with Transparency")
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
-                image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
-            return pil_to_tensor(image.convert("RGB"))
-
+    """An image file as uint8 (3, h, w): grey repeated, alpha dropped, CMYK converted, 16 bits scaled to 8."""
+    with Image.open(path) as image:
+        if math.prod(image.size) > Image.MAX_IMAGE_PIXELS:  # PIL only warns
+            raise Image.DecompressionBombError(path)
+        if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
+            image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+        elif "transparency" in image.info:  # PIL warns of some palettes when alpha is dropped at once
+            image = image.convert("RGBA")
+        return pil_to_tensor(image.convert("RGB"))
 
 # ---- loading ----
-
 
 def load(name, root="data", download=False):
     """The images to train on, and the bank and the queries of kNN, which are None without labels.
 
-    name: one of NAMES, or a folder: an ImageNet-style tree with train/ and val/, a class tree, or images without classes.
-    Without a val split every tenth image asks and the others answer; all are trained on. Raises DataError."""
+    name: one of NAMES, or a folder: an ImageNet-style tree with train/ and val/ (or test/), a class tree, or
+    plain images. Without val every tenth image asks and the others answer; all train. Raises DataError."""
     if name == "demo":
-        drawn = [draw_demo(n, seed) for n, seed in ((4096, 0), (1024, 1))]
-        train, val = (Images(pixels, labels=labels, classes=DEMO_CLASSES, stats=HALF) for pixels, labels in drawn)
+        drawn = draw_demo(4096, 0), draw_demo(1024, 1)
+        train, val = (Images(x, labels=labels, classes=DEMO_CLASSES, stats=HALF) for x, labels in drawn)
         return train, train, val
     if name in NAMES:
         return load_torchvision(name, root, download)
     if not os.path.isdir(name):
         raise DataError(f"--data {name}: no such folder, and not one of {', '.join(NAMES)}")
-    parts = {part: os.path.join(name, part) for part in ("train", "val", "test")}
-    if not os.path.isdir(parts["train"]):
-        train, val = in_memory(scan(name)), None
-    else:
-        train, val = in_memory(scan(parts["train"])), None
-        if folder := next((parts[v] for v in ("val", "test") if os.path.isdir(parts[v])), None):
-            val = in_memory(scan(folder))
+    parts = [part for part in ("train", "val", "test") if os.path.isdir(os.path.join(name, part))]
+    if parts[:1] != ["train"]:
+        parts = [""]
+    train = in_memory(scan(os.path.join(name, parts[0])))
     if train.labels is None:
         return train, None, None
-    if val is None:
+    if len(parts) == 1:
         asks = torch.arange(len(train)) % 10 == 9
         return train, train[(~asks).nonzero().squeeze(1)], train[asks.nonzero().squeeze(1)]
-    if val.classes != train.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise DataError(f"--data {name}: the class folders below train/ ({len(train.classes)}) and val/ ({len(val.classes)}) "
-                        f"differ, first in {odd[0]}; make them the same, or move val/ away to do without")
+    val = in_memory(scan(os.path.join(name, parts[1])))
+    if odd := sorted(set(train.classes) ^ set(val.classes)):
+        raise DataError(f"--data {name}: the class folders in train/ ({len(train.classes)}) and {parts[1]}/ "
+                        f"({len(val.classes)}) differ, first in {odd[0]}: make them equal, or move {parts[1]}/")
     return train, train, val
 
 
@@ -127,8 +122,8 @@ def load_torchvision(name, root, download):
     try:
         train, val = (from_torchvision(kind(root, download=download, **split), stats) for split in splits)
     except (RuntimeError, OSError) as e:
-        raise DataError(f"--data {name}: not in {root}/ ({str(e).splitlines()[0]}); add --download, or name the folder that "
-                        "holds it with --data-root") from e
+        raise DataError(f"--data {name}: not in {root}/ ({str(e).splitlines()[0]}); add --download, or name "
+                        "the folder that holds it with --data-root") from e
     return train, train[(train.labels >= 0).nonzero().squeeze(1)], val
 
 
@@ -144,8 +139,8 @@ def from_torchvision(dataset, stats):
 
 
 def scan(folder):
-    """The images below a folder, in sorted order. The folders directly in it are the classes, if there are two or more with
-    images in them and no image lies beside them. Raises DataError where there is no image."""
+    """The images below a folder, in sorted order. The folders directly in it are the classes, if two or more
+    have images in them and no image lies beside them. Raises DataError where there is no image."""
     paths, labels, seen = [], [], set()
     for here, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(here)) in seen:  # symbolic links in a circle
@@ -166,16 +161,8 @@ def scan(folder):
 
 def in_memory(images):
     """Decodes a small folder of equally sized images once; returns any other as it is."""
-
-    def size(path):
-        try:
-            with Image.open(os.fsdecode(path)) as image:
-                return image.size
-        except Exception:  # it is named when it is read
-            return None
-
-    sizes = {size(path) for path in images.paths[:: max(1, len(images) // 50)]} - {None}
-    if len(sizes) != 1 or 3 * len(images) * math.prod(*sizes) > IN_MEMORY:
+    shapes = {images.decode(row)[0].shape for row in range(0, len(images), max(1, len(images) // 50))}
+    if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         pixels, rows = zip(*pool.map(images.decode, range(len(images))), strict=True)
@@ -226,9 +213,7 @@ def draw_demo(n, seed, size=32):
     images = (light + contrast * pattern)[:, None] + 0.12 * shade + noise
     return (images.clamp(0, 1) * 255).byte(), labels
 
-
 # ---- crops ----
-
 
 @dataclass(frozen=True)
 class Crop:
@@ -240,7 +225,7 @@ class Crop:
 
 
 class Crops(torch.utils.data.Dataset):
-    """Loader workers' side: (step, row) -> the image's crops as uint8 (3, s, s), and row if it was unreadable, else -1."""
+    """The workers' side: (step, row) -> an image's crops, uint8 (3, s, s), and row if unreadable, else -1."""
 
     def __init__(self, images, crops, seed):
         self.images, self.crops, self.seed = images, crops, seed
@@ -256,8 +241,8 @@ class Crops(torch.utils.data.Dataset):
 
 
 class Centres(torch.utils.data.Dataset):
-    """Row -> what an evaluation looks at, uint8 (3, size, size): the whole image up to 64 px; above, the central square of
-    7/8 of the shorter side (resize to 256, crop 224)."""
+    """Row -> what an evaluation looks at, uint8 (3, size, size): the central square of the shorter side where
+    size is up to 64, of 7/8 of it above (resize to 256, crop 224)."""
 
     def __init__(self, images, size):
         self.images, self.size = images, size
@@ -282,12 +267,12 @@ def resize(image, height, width, bicubic=False):
 
 
 def stream(images, crops, steps, seed, rank, world, workers, device):
-    """Yields, for each (step, rows of the global batch) in steps, this process's crops, a list with a float tensor
+    """Yields, for each (step, rows of the global batch) in steps, this process's crops, a float tensor
     (n, 3, s, s) in [0, 1] on the device for each Crop, and the paths of images that could not be read."""
     if images.pixels is not None:  # boxes drawn for the global batch at once
         for step, rows in steps:
-            generator = rng(seed, "crops", step)
-            boxes = [crop_boxes(len(rows), *images.pixels.shape[2:], c.scale, generator)[rank::world] for c in crops]
+            n, size, generator = len(rows), images.pixels.shape[2:], rng(seed, "crops", step)
+            boxes = [crop_boxes(n, *size, crop.scale, generator)[rank::world] for crop in crops]
             pixels = images.pixels[rows[rank::world]].to(device)
             yield [crop_batch(pixels, b, c.size, c.bicubic) for b, c in zip(boxes, crops, strict=True)], []
         return
@@ -305,8 +290,8 @@ def centres(images, size, workers, device, batch=256):
 
 
 def loader(dataset, workers, device, **batches):
-    pin = torch.device(device).type == "cuda"
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, worker_init_fn=deaf, pin_memory=pin, **batches)
+    batches |= {"num_workers": workers, "pin_memory": torch.device(device).type == "cuda"}
+    return torch.utils.data.DataLoader(dataset, worker_init_fn=deaf, **batches)
 
 
 def deaf(worker):
