@@ -60,8 +60,8 @@ RECIPES = {
         bn_groups=8, queue=4096, ema=0.99, temperature=0.1, hidden=512, dim=128, knn_every=10,
         small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
     "demo": dict(
-        arch="tiny", img_size=32, epochs=8, batch_size=64, lr=0.24, wd=1e-4, warmup_epochs=1.5,
-        bn_groups=8, queue=256, ema=0.99, temperature=0.2, hidden=256, dim=128, knn_every=4,
+        arch="tiny", img_size=32, epochs=6, batch_size=64, lr=0.24, wd=1e-4, warmup_epochs=1.5,
+        bn_groups=8, queue=256, ema=0.99, temperature=0.2, hidden=256, dim=128, knn_every=3,
         small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
 }
 
@@ -211,11 +211,12 @@ class BatchNorm(nn.BatchNorm2d):
         if self.groups == 1 and world_size() > 1:
             return self.synchronised(x)
         g, c = max(1, self.groups // world_size()), self.num_features  # a process holds whole groups
-        mean, var = self.running_mean.repeat(g), self.running_var.repeat(g)
+        stats = (self.running_mean.repeat(g), self.running_var.repeat(g)) if self.track else (None, None)
         weight, bias = (None if p is None else p.repeat(g) for p in (self.weight, self.bias))
         groups_as_channels = x.reshape(len(x) // g, g * c, *x.shape[2:])
-        y = F.batch_norm(groups_as_channels, mean, var, weight, bias, True, self.momentum, self.eps)
-        self.remember(mean.view(g, c).mean(0), var.view(g, c).mean(0))
+        y = F.batch_norm(groups_as_channels, *stats, weight, bias, True, self.momentum, self.eps)
+        if self.track:
+            self.remember(*(stat.view(g, c).mean(0) for stat in stats))
         return y.view_as(x)
 
     def synchronised(self, x):
@@ -227,15 +228,15 @@ class BatchNorm(nn.BatchNorm2d):
         y = centred * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
-        self.remember(self.running_mean.lerp(mean.detach(), self.momentum),
-                      self.running_var.lerp(var.detach() * n / (n - 1), self.momentum))
+        if self.track:
+            self.remember(self.running_mean.lerp(mean.detach(), self.momentum),
+                          self.running_var.lerp(var.detach() * n / (n - 1), self.momentum))
         return y.to(x.dtype)
 
     def remember(self, mean, var):
-        if self.track:
-            self.running_mean.copy_(mean)
-            self.running_var.copy_(var)
-            self.num_batches_tracked.add_(1)
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        self.num_batches_tracked.add_(1)
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -262,7 +263,7 @@ def all_sum(x):
 def gather(x):
     """The global batch (N, ...), in its order, from each process's (n, ...); without gradient."""
     if world_size() == 1:
-        return x
+        return x.detach()
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)

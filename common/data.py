@@ -107,7 +107,7 @@ def load(name, root="data", download=False):
     val = in_memory(scan(os.path.join(name, parts[1])))
     if odd := sorted(set(train.classes) ^ set(val.classes)):
         raise DataError(f"--data {name}: the class folders in train/ ({len(train.classes)}) and {parts[1]}/ "
-                        f"({len(val.classes)}) differ, first in {odd[0]}: make them equal, or move {parts[1]}/")
+                        f"({len(val.classes)}) differ, as in {odd[0]}; make them equal or move {parts[1]}/")
     return train, train, val
 
 
@@ -177,8 +177,8 @@ DEMO_CLASSES = ("lying stripes", "standing stripes", "checks", "slanted stripes"
 
 
 def draw_demo(n, seed, size=32):
-    """The demo data: n images uint8 (n, 3, 32, 32) of ten families of patterns, labels (n,). The class is the pattern;
-    place, scale, polarity, contrast, light, shading and a faint tint are each image's own."""
+    """The demo data: n images uint8 (n, 3, 32, 32) of ten families of patterns, labels (n,). The class is the
+    pattern; place, scale, polarity, contrast, light, shading and a faint tint are each image's own."""
     generator = rng(seed, "demo")
 
     def uniform(low, high, *shape):
@@ -236,7 +236,7 @@ class Crops(torch.utils.data.Dataset):
         generator, out = rng(self.seed, "crops", step, row), []
         for crop in self.crops:
             top, left, h, w = crop_boxes(1, *image.shape[1:], crop.scale, generator)[0].tolist()
-            out.append(resize(image[:, top : top + h, left : left + w], crop.size, crop.size, crop.bicubic))
+            out.append(resize(image[:, top : top + h, left : left + w], crop.size, crop.bicubic))
         return out, row if really != row else -1
 
 
@@ -255,15 +255,14 @@ class Centres(torch.utils.data.Dataset):
         h, w = image.shape[1:]
         side = min(h, w) if self.size <= 64 else round(min(h, w) * 224 / 256)
         top, left = (h - side) // 2, (w - side) // 2
-        return resize(image[:, top : top + side, left : left + side], self.size, self.size)
+        return resize(image[:, top : top + side, left : left + side], self.size)
 
 
-def resize(image, height, width, bicubic=False):
-    """A uint8 image (3, h, w) resized with antialiasing."""
-    if image.shape[1:] == (height, width):
+def resize(image, size, bicubic=False):
+    """A uint8 image (3, h, w) resized to (3, size, size) with antialiasing."""
+    if image.shape[1:] == (size, size):
         return image
-    mode = "bicubic" if bicubic else "bilinear"
-    return F.interpolate(image[None], (height, width), mode=mode, antialias=True)[0]
+    return F.interpolate(image[None], size, mode="bicubic" if bicubic else "bilinear", antialias=True)[0]
 
 
 def stream(images, crops, steps, seed, rank, world, workers, device):
@@ -295,6 +294,7 @@ def loader(dataset, workers, device, **batches):
 
 
 def deaf(worker):
-    """Signals are the training process's to answer; its workers end with it."""
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(s, signal.SIG_IGN)
+    """Signals are the training process's to answer. SIGTERM, Python's way to end workers, acts late."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # seconds; if it never did, exits could hang

@@ -1,4 +1,4 @@
-"""What several tests share: the scripts and flags of a tiny run, its images, one training step, a pool of processes."""
+"""What several tests share: flags and images of tiny runs, the views of a step, a pool of processes."""
 
 import importlib
 import io
@@ -27,7 +27,7 @@ TIMINGS = {"img_s", "data_frac", "mem_gb", "eta_s"}  # the keys of a log line th
 
 
 def small_args(script, flags=""):
-    """The arguments of a small run as work() hands them to the model. --small-size goes with MultiCrop only."""
+    """The arguments of a small run as the model gets them. --small-size goes with MultiCrop only."""
     small = SMALL if "multicrop" in flags else SMALL.replace("--small-size 8 ", "")
     args = script.parse_args(f"--data none {small} {SCRIPTS[script.METHOD]} {flags}".split())
     args.autocast = {"bf16": torch.bfloat16}.get(args.amp)
@@ -61,7 +61,7 @@ def views_of(script, args, step=0, images=None):
 
 
 def class_tree(folder, n=64, sizes=(24,)):
-    """A folder of three classes of PNG images. With several sizes they are decoded at each step, else once."""
+    """A folder of three classes of PNG images; of several sizes, they are decoded at each step, else once."""
     for i, x in enumerate(pictures(n)):
         size, path = sizes[i % len(sizes)], folder / f"class{i % 3}" / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,19 +100,20 @@ class Pool:
     def __init__(self, size=4):
         context = multiprocessing.get_context("spawn")
         self.jobs, self.results = [context.Queue() for _ in range(size)], context.Queue()
-        self.workers = [context.Process(target=worker, args=(jobs, self.results), daemon=True) for jobs in self.jobs]
+        arguments = [(jobs, self.results) for jobs in self.jobs]
+        self.workers = [context.Process(target=worker, args=a, daemon=True) for a in arguments]
         for process in self.workers:
             process.start()
 
     def run(self, world, function, *args, timeout=100):
         """function(*args) in each of world processes, with a launcher's environment if there are two or more:
         what they return, in order of rank. An exception there is raised here."""
-        port, results = free_port(), {}
+        port, results, self.stderr = free_port(), {}, {}
         for r in range(world):
             self.jobs[r].put((function, args, r, world, port))
         for _ in range(world):
             try:
-                r, error, blob = self.results.get(timeout=timeout)
+                r, error, blob, self.stderr[r] = self.results.get(timeout=timeout)
             except queue.Empty:
                 self.close()  # what is left of the job would disturb the next
                 raise TimeoutError(f"of {world} processes, only {sorted(results)} returned") from None
@@ -124,7 +125,7 @@ class Pool:
 
     def close(self):
         for process in self.workers:
-            process.terminate()
+            process.kill()  # scripts answer to SIGTERM
         for process in self.workers:
             process.join()
 
@@ -132,9 +133,10 @@ class Pool:
 def worker(jobs, results):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w")
     while True:
         function, args, r, world, port = jobs.get()
+        sys.stderr = io.StringIO()
         names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
         if world > 1:
             os.environ.update(zip(names, map(str, (r, r, world, "127.0.0.1", port)), strict=True))
@@ -148,7 +150,7 @@ def worker(jobs, results):
                 dist.destroy_process_group()
             for name in names:
                 os.environ.pop(name, None)
-        results.put((r, error, blob.getvalue()))
+        results.put((r, error, blob.getvalue(), sys.stderr.getvalue()))
 
 
 def train(method, argv):
@@ -173,4 +175,5 @@ def part(x):
 
 
 def close(a, b, rtol=1e-5, atol=1e-6):
-    np.testing.assert_allclose(torch.as_tensor(a).detach().numpy(), torch.as_tensor(b).detach().numpy(), rtol, atol)
+    a, b = (torch.as_tensor(x).detach().numpy() for x in (a, b))
+    np.testing.assert_allclose(a, b, rtol, atol)

