@@ -42,7 +42,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common import augment, data
 from common.augment import V2, rng
@@ -176,22 +176,25 @@ class Encoder(nn.Module):
             return self.projector(self.backbone(x)).float()
 
 
-def build_backbone(args, bn, **kwargs):
+def build_backbone(args, bn, zero_init=False):
     """A torchvision ResNet without classifier, and its features' width. Up to 64 px it has the CIFAR stem:
-    a 3 x 3 convolution, no max-pool. tiny, for the demo: that stem and four blocks of 16 to 128 channels."""
+    a 3 x 3 convolution, no max-pool. tiny, for the demo: that stem and four blocks of 16 to 128 channels.
+    zero_init: the last BN of each residual block begins at 0."""
     if args.arch == "tiny":
-        net, width = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=bn, **kwargs), 128
+        net, width = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=bn), 128
         net.inplanes, net.bn1 = 16, bn(16)
         for i in range(4):
             setattr(net, f"layer{i + 1}", net._make_layer(BasicBlock, 16 * 2**i, 1, stride=2 if i else 1))
     else:
-        net = torchvision.models.get_model(args.arch, weights=None, norm_layer=bn, **kwargs)
+        net = torchvision.models.get_model(args.arch, weights=None, norm_layer=bn)
         width = net.fc.in_features
     if args.arch == "tiny" or args.img_size <= 64:
         net.conv1 = nn.Conv2d(3, net.bn1.num_features, 3, padding=1, bias=False)
         net.maxpool = nn.Identity()
     for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    for block in (m for m in net.modules() if zero_init and isinstance(m, BasicBlock | Bottleneck)):
+        nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
     net.fc = nn.Identity()
     return net, width
 
@@ -353,17 +356,18 @@ def planned_crops(plan):
     return [view.crop for bags in plan for bag in bags for view in bag for _ in range(1 + view.mix)]
 
 
-def make_views(plan, crops, total, generator, stats):
+def make_views(plan, crops, total, generator, stats, part=None):
     """This process's crops, each (n, 3, s, s), as views, arranged as in the plan. Parameters are drawn for
-    the global batch of total images. stats: mean and standard deviation of the data."""
-    crops, (mean, std) = iter(crops), map(torch.tensor, stats)
+    the global batch of total images, of which part is here, by default this process's share. stats: mean and
+    standard deviation of the data."""
+    crops, (mean, std), part = iter(crops), map(torch.tensor, stats), part or mine()
 
     def make(view, mix):
-        params = {k: v[mine()] for k, v in augment.draw(view.recipe, total, generator).items()}
+        params = {k: v[part] for k, v in augment.draw(view.recipe, total, generator).items()}
         first = augment.augment(next(crops), view.recipe, params, mean, std)
         if not mix:
             return first
-        boxes = augment.scalemix_boxes(total, view.crop.size, generator)[mine()]
+        boxes = augment.scalemix_boxes(total, view.crop.size, generator)[part]
         return augment.scalemix(first, make(view, False), boxes)
 
     return [[[make(view, view.mix) for view in bag] for bag in bags] for bags in plan]
@@ -374,7 +378,7 @@ def show_views(args, plan, images):
     rows, edge, columns = torch.arange(min(8, len(images))), args.img_size, []
     mean, std = (torch.tensor(s).view(3, 1, 1) for s in images.stats)
     crops, _ = next(data.stream(images, planned_crops(plan), [(0, rows)], args.seed, 0, 1, 0, "cpu"))
-    sides = make_views(plan, crops, len(rows), rng(args.seed, "views", 0), images.stats)
+    sides = make_views(plan, crops, len(rows), rng(args.seed, "views", 0), images.stats, slice(None))
     for bags, seen in zip(plan, sides, strict=True):
         for view, x in zip(sum(bags, []), sum(seen, []), strict=True):
             x = (x * std + mean if view.recipe.normalize else x).clamp(0, 1)
@@ -395,6 +399,7 @@ def lr_factor(step, total, warmup):
 
 # ============================================================================== shared: flags
 METHOD, FORMAT = Path(__file__).stem, 1  # FORMAT: of last.pt
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 MAY_DIFFER = {"out", "overwrite", "nproc", "workers", "device", "steps", "log_every", "save_every",
               "knn_every", "show_views", "dry_run", "data_root", "download", "strict_images"}  # on resuming
 
@@ -432,7 +437,7 @@ def make_parser():
     flag("--wd", type=number(float, 0), help="weight decay")
     flag("--warmup-epochs", type=number(float, 0), help="linear warm-up of the learning rate")
     flag("--seed", type=number(int, 0), default=0, help="of everything random")
-    flag("--workers", type=number(int, 0), default=min(8, os.cpu_count()), help="loader processes")
+    flag("--workers", type=number(int, 0), help="loader processes of each process; default: up to 8")
     flag("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     flag("--bn-groups", type=count, metavar="G", help="virtual devices of BatchNorm; 1 is SyncBN")
@@ -451,7 +456,7 @@ def make_parser():
     flag("--num-small", type=count, default=6, help="MultiCrop's small crops")
     flag("--small-size", type=count, help="their pixels")
     flag("--small-scale", type=share, nargs=2, metavar="S", help="their share of the area, from and to")
-    flag("--large-scale", type=share, nargs=2, metavar="S", help="the large crops' share with MultiCrop")
+    flag("--large-scale", type=share, nargs=2, metavar="S", help="large crops', if not weak, with MultiCrop")
     flag = p.add_argument_group("run").add_argument
     flag("--out", metavar="DIR", help="default: runs/METHOD-DATA-FLAGS; the same command again resumes")
     flag("--overwrite", action="store_true", help="start again instead")
@@ -476,10 +481,13 @@ def parse_args(argv):
     args.aug_src, args.aug_tgt = args.aug_src or "base", args.aug_tgt or ("weak" if args.asym_aug else "base")
     recipe = "demo" if args.data == "demo" else "small" if args.data in data.NAMES else "imagenet"
     args.recipe, args.knn_asked = args.recipe or recipe, "knn_every" in given
+    if args.workers is None:
+        args.workers = min(8, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))))
     for name, value in RECIPES[args.recipe].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    given = {k: "_".join(map(str, v)) if isinstance(v, list) else v for k, v in given.items()}
     parts = [k if v is True else f"{k}={v}" for k, v in given.items() if k not in MAY_DIFFER | {"data"}]
-    args.out = args.out or "-".join(["runs/" + METHOD, Path(args.data).name, *parts])
+    args.out = args.out or "-".join(["runs/" + METHOD, Path(args.data).resolve().name, *parts])
     return args
 
 
@@ -501,8 +509,13 @@ def check_flags(args, world):
     check(args.arch in known, f"--arch {args.arch} is unknown; use one of {' '.join(known)}")
     for low, high in (args.small_scale, args.large_scale):
         check(0 < low <= high, f"crops of {low} to {high} of the area: give two shares, the smaller first")
-    cuda = args.device.split(":")[0] == "cuda"
-    check(torch.cuda.is_available() or not cuda, f"--device {args.device}: torch sees no GPU; try cpu")
+    kind, local = args.device.split(":")[0], int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))
+    check(kind in ("cpu", "cuda", "mps"), f"--device {args.device} is unknown; use cpu, cuda or mps")
+    cuda, gpus = kind == "cuda", torch.cuda.device_count()
+    check(gpus or not cuda, f"--device {args.device}: torch sees no GPU; use --device cpu")
+    check(not cuda or local <= gpus, f"{local} processes on a machine with {gpus} GPU(s); start {gpus}")
+    check(kind != "mps" or torch.backends.mps.is_available() and world == 1,
+          "--device mps: not available, or more than one process; use --device cpu")
     check(cuda or args.amp != "fp16", f"--amp fp16 does not work on {args.device}; use --amp bf16 or off")
 
 
@@ -521,8 +534,8 @@ def dashed(names):
 
 
 def stop(message, code=2):
-    """Ends this process; rank 0 says why."""
-    if rank() == 0:
+    """Ends this process; the first of each node says why."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{METHOD}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -607,7 +620,8 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
 def report(args, unreadable):
     for path in unreadable:
         print(f"{METHOD}: unreadable image, replaced by the next: {path}", file=sys.stderr, flush=True)
-    check(not (unreadable and args.strict_images), "stopped (--strict-images); repair or remove that image")
+    if unreadable and args.strict_images:
+        stop("stopped (--strict-images); repair or remove that image")
 
 
 def memory(device):
@@ -659,23 +673,25 @@ def knn(bank, queries, k=200, temperature=0.1):
 
 def variances(args, model, plan, images, device):
     """The paper's intra-image variance per dimension (Sec. 3), live: both encoders, as configured (views, BN,
-    MeanEnc), encode images twice. Unbiased variance of an image's unit vectors, small crops included."""
-    n, total, once = args.batch_size, {"v_src": 0.0, "v_tgt": 0.0}, {}
-    chunks = min(math.ceil(TWICE / n), len(images) // n)
-    steps = [(f"{t} {c}", torch.arange(c * n, (c + 1) * n)) for c in range(chunks) for t in ("once", "again")]
+    MeanEnc), encode images twice, among other batch-mates each time. Unbiased variance of an image's unit
+    vectors, small crops included; mean over images."""
+    n = args.batch_size
+    total = min(math.ceil(TWICE / n), len(images) // n) * n
+    chosen = torch.randperm(len(images), generator=rng(args.seed, "twice"))[:total]
+    mates = [torch.randperm(total, generator=rng(args.seed, "mates", t)) for t in range(2)]
+    places = [(t, order[i : i + n]) for t, order in enumerate(mates) for i in range(0, total, n)]
+    steps = [(f"variance {i}", chosen[place]) for i, (_, place) in enumerate(places)]
     crops_of = partial(data.stream, images, planned_crops(plan))
-    stream = crops_of(steps, args.seed, rank(), world_size(), args.workers, device)
-    for (name, _), (crops, _) in zip(steps, stream, strict=True):
+    stream, seen = crops_of(steps, args.seed, rank(), world_size(), args.workers, device), {}
+    for (t, place), (name, _), (crops, _) in zip(places, steps, stream, strict=True):
         generator = rng(args.seed, "views", name)
         sides = make_views(plan, crops, n, generator, images.stats)
-        for v, encoder, bags in zip(total, (model.source, model.target), sides, strict=True):
+        for v, encoder, bags in zip(("v_src", "v_tgt"), (model.source, model.target), sides, strict=True):
             shuffle = generator if model.shuffle and encoder is model.target else None
-            z = torch.stack([F.normalize(encode(encoder, bag, shuffle, track=False)) for bag in bags])
-            if name.startswith("again"):
-                both = torch.cat([once[v], z])  # (views, n, d)
-                total[v] += (all_sum(both.var(0).mean()) / world_size() / chunks).item()
-            once[v] = z
-    return total
+            z = [F.normalize(encode(encoder, bag, shuffle, track=False)) for bag in bags]
+            z = gather(torch.stack(z, 1))  # (N, views, d)
+            seen.setdefault((v, t), z.new_empty(total, *z.shape[1:]))[place.to(device)] = z
+    return {v: torch.cat([seen[v, 0], seen[v, 1]], 1).var(1).mean().item() for v in ("v_src", "v_tgt")}
 
 
 # ============================================================================== shared: checkpoint
@@ -699,38 +715,45 @@ class Run:
             old = json.loads(ours.read_text()) if ours.exists() else self.about
             state = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else None
             found = FORMAT if state is None else state["format"]
-            all_sum(torch.zeros(1))  # all have read
+            pairs = [(k, old[k], self.about[k]) for k in ("method", "images", "mean", "std")]
+            for k in self.about["args"].keys() - MAY_DIFFER:
+                pairs.append((dashed([k]), old["args"].get(k), self.about["args"][k]))
+            self.step = state["step"] if state else 0
+            seen = gather(torch.tensor([[self.step, self.about["images"]]])).unique(dim=0)  # waits for all
         except Exception as e:  # a truncated or foreign file raises nearly anything
             stop(f"--out {self.out} cannot be used ({type(e).__name__}: {e}); use another, or --overwrite")
-        check(found == FORMAT, f"{last} has format {found}, not {FORMAT}; use the script copied beside it")
-        pairs = [("method", old["method"], METHOD)]
-        for k in self.about["args"].keys() - MAY_DIFFER:
-            pairs.append((dashed([k]), old["args"].get(k), self.about["args"][k]))
+        check(found == FORMAT, f"{last} has format {found}, not {FORMAT}; use the version that wrote it")
+        check(len(seen) == 1, f"the processes find different runs or data, (step, images): {seen.tolist()}; "
+              "--out and --data must be folders that all nodes share")
         differ = ", ".join(f"{k} {a} there, {b} here" for k, a, b in pairs if a != b)
         check(not differ, f"--out {self.out} holds another run ({differ}); use another, or --overwrite")
         if state:
-            self.step = state["step"]
-            for part, name in ((model, "model"), (optimizer, "optimizer"), (scaler, "scaler")):
-                part.load_state_dict(state[name])
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"] and scaler.is_enabled():  # fp16 may have been switched off or on by --device
+                scaler.load_state_dict(state["scaler"])
         if rank() == 0:
             lines = log.read_text().splitlines() if state and log.exists() else []
             lines = [x for x in lines if x.endswith("}") and json.loads(x).get("step", 0) <= self.step]
             lines = lines or [json.dumps({"command": sys.argv, **self.about})]
             self.write(log, lambda path: path.write_text("\n".join(lines) + "\n"))
             self.write(ours, lambda path: path.write_text(json.dumps(self.about, indent=1)))
-            shutil.copy(__file__, self.out)
+            if Path(__file__).resolve().parent != self.out.resolve():
+                shutil.copy(__file__, self.out)
 
     def save(self, model, optimizer, scaler):
         sync_buffers(model)
-        check(all(p.isfinite().all() for p in model.parameters()), f"the weights are not finite after step "
-              f"{self.step}: --lr too large? {self.out}/last.pt holds the last good state")
+        check(all(x.isfinite().all() for x in model.state_dict().values()), f"the weights are not finite at "
+              f"step {self.step}: --lr too large? {self.out}/last.pt holds the last good state")
         if rank() == 0:
             state = {"format": FORMAT, **self.about, "step": self.step, "model": model.state_dict(),
                      "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            backbone, target = model.source.backbone.state_dict(), model.target.backbone.state_dict()
+            backbone, target = ({k: v.cpu() for k, v in encoder.backbone.state_dict().items()}
+                                for encoder in (model.source, model.target))
             files = {"last.pt": state, "backbone.pth": backbone, "backbone_target.pth": target}
             for name, what in files.items():
                 self.write(self.out / name, lambda path, what=what: torch.save(what, path))
+        all_sum(torch.zeros(1))  # a launcher ends all processes when the first has gone
 
     def write(self, path, how):
         """Writes aside, then renames: a reader finds the old file or the new one, never a part of it."""
@@ -751,11 +774,14 @@ class Run:
             text += time.strftime("%H:%M:%S", time.gmtime(entry["eta_s"]))
         if "v_src" in entry:
             text += "\n  v_src {v_src:.2e}  v_tgt {v_tgt:.2e}".format(**entry)
-            text += f"  v_tgt/v_src {entry['v_tgt'] / entry['v_src']:.2f}"
+            text += f"  v_tgt/v_src {entry['v_tgt'] / max(entry['v_src'], 1e-12):.2f}"
             text += f"  kNN {entry['knn']:.3f}" if "knn" in entry else ""
         if rank() == 0:
-            with open(self.out / "log.jsonl", "a") as f:
-                f.write(json.dumps(entry) + "\n")
+            try:
+                with open(self.out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(entry) + "\n")
+            except OSError as e:
+                stop(f"cannot write {self.out}/log.jsonl ({e}); make room. last.pt is intact", 1)
         screen = sys.stdout.isatty()
         say(f"\r{text:100s}" if screen else text, end="" if screen and "v_src" not in entry else "\n")
 
@@ -803,8 +829,14 @@ def spawn(argv, nproc):
 def child(index, argv, nproc, port):
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(nproc), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    torch.set_num_threads(max(1, os.cpu_count() // nproc))
-    work(parse_args(argv))
+    torch.set_num_threads(max(1, CORES // nproc))
+    try:
+        work(parse_args(argv))
+    except KeyboardInterrupt:  # before work() listens to signals
+        raise SystemExit(130) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def join_processes(args):
@@ -823,18 +855,25 @@ def work(args):
     """All that one process does."""
     device, flags = join_processes(args), {k: v for k, v in vars(args).items() if k != "knn_asked"}
     try:
-        images, bank, queries = data.load(args.data, args.data_root, args.download)
+        if args.download and rank() == 0:  # alone, and before the others look
+            data.load(args.data, args.data_root, download=True)
+        all_sum(torch.zeros(1))
+        images, bank, queries = data.load(args.data, args.data_root)
     except data.DataError as e:
         stop(e)
-    report(args, images.bad)
+    report(args, images.bad if rank() == 0 or args.strict_images else ())
     n, batch, groups, world = len(images), args.batch_size, args.bn_groups, world_size()
-    check(batch <= n, f"--batch-size {batch} is more than the {n} images; use {n // groups * groups} or less")
+    most = n // math.lcm(groups, world) * math.lcm(groups, world)
+    check(batch <= n, f"--batch-size {batch} is more than the {n} images; "
+          + (f"use {most} or less" if most > groups else "use more images, or fewer --bn-groups"))
     check(args.warmup_epochs < args.epochs, f"--warmup-epochs {args.warmup_epochs} is no less than --epochs")
     check(bank is not None or not args.knn_asked, f"--knn-every: {args.data} has no labels; leave it out")
     method_checks(args, n)
     amp, args.peak_lr = args.amp, args.lr * batch / 256
     if amp == "auto":
-        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = "off"
+    if args.amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     args.autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     torch.manual_seed(args.seed)
     model = Method(args).to(device)

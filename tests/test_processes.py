@@ -217,6 +217,21 @@ def test_a_run_interrupted_twice_is_the_uninterrupted_one_bit_for_bit(pool, meth
     assert ours == theirs
 
 
+def test_a_run_that_died_continues_from_what_it_saved(pool, method, tree, whole, tmp_path, monkeypatch):
+    """Steps logged after the last save, and half a line, give way to those that are done again."""
+    script = importlib.import_module(method)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "lr_factor", lambda step, *a, f=script.lr_factor: f(step, *a) if step < 5 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            script.main(argv(method, tree, tmp_path, PREFERRED).split())
+    assert saved(tmp_path)["step"] == 3 and log_lines(tmp_path)[-1]["step"] == 5
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 6, "epo')
+    run(pool, 1, method, tree, tmp_path, PREFERRED)
+    same_state(whole(method), tmp_path, exact=True)
+    same_logs(whole(method), tmp_path, exact=True)
+
+
 def test_a_run_continues_on_two_processes_and_back_on_one(pool, method, tree, whole, tmp_path):
     """Of two processes, one gets the signal: both stop after the same step."""
     line = argv(method, tree, tmp_path, PREFERRED)
@@ -226,6 +241,16 @@ def test_a_run_continues_on_two_processes_and_back_on_one(pool, method, tree, wh
     run(pool, 1, method, tree, tmp_path, PREFERRED)
     same_logs(whole(method), tmp_path)
     same_state(whole(method), tmp_path)
+
+
+def test_each_step_draws_its_own_views(method, tree, tmp_path, monkeypatch):
+    script, seeds = importlib.import_module(method), []
+    make_views = script.make_views
+    spy = lambda plan, crops, n, generator, stats: (seeds.append(generator.initial_seed())
+                                                    or make_views(plan, crops, n, generator, stats))
+    monkeypatch.setattr(script, "make_views", spy)
+    script.main(argv(method, tree, tmp_path, "--steps 5").split())
+    assert [seeds.count(rng(0, "views", step).initial_seed()) for step in range(5)] == [1] * 5
 
 
 def contents(out):

@@ -175,7 +175,8 @@ def test_recipes_scales_and_mixing_of_each_encoder(script):
     (large,), (small,), *_ = script.plan_views(imagenet)[0]
     assert (large.crop.size, large.crop.scale) == (224, (0.14, 1.0))
     assert (small.crop.size, small.crop.scale) == (96, (0.05, 0.14))
-    asym_aug, weak, base = (script.plan_views(small_args(script, f)) for f in ("--asym-aug", "--aug-tgt weak", ""))
+    flags = "--asym-aug", "--aug-tgt weak", ""
+    asym_aug, weak, base = (script.plan_views(small_args(script, f)) for f in flags)
     assert asym_aug == weak != base
 
 
@@ -250,7 +251,7 @@ def test_knn_is_brute_force(script, k, temperature):
 
 @pytest.mark.parametrize("flags", ["", "--multicrop-src --num-small 2 --mean-enc 2 --bn-groups 4"])
 def test_variances_are_those_of_the_encodings(script, flags, monkeypatch):
-    """Naively: of the unit vectors of an image's views, seen twice; unbiased; mean over images and channels."""
+    """Naively: of the unit vectors of an image's views, seen twice; unbiased; mean over images, channels."""
     args, images = small_args(script, flags), small_images(40)
     model, seen, encode = build(script, args), {"v_src": [], "v_tgt": []}, script.encode
 
@@ -262,18 +263,30 @@ def test_variances_are_those_of_the_encodings(script, flags, monkeypatch):
     monkeypatch.setattr(script, "encode", spy)
     with torch.no_grad():
         found = script.variances(args, model, script.plan_views(args), images, "cpu")
+    chosen = torch.randperm(40, generator=rng(args.seed, "twice"))[:32]  # two batches of 16
+    mates = [torch.randperm(32, generator=rng(args.seed, "mates", t)) for t in range(2)]  # other mates the second time
+    encoded = torch.cat([chosen[order] for order in mates]).view(4, 16).tolist()  # by step
     for name, bags in (("v_src", 1 + args.num_small * args.multicrop_src), ("v_tgt", 1)):
-        calls, values = seen[name], []
-        assert len(calls) == 2 * 2 * bags  # 40 images are two batches of 16; twice
-        for chunk in (calls[: 2 * bags], calls[2 * bags :]):
-            for i in range(16):
-                z = np.array([call[i] / np.linalg.norm(call[i]) for call in chunk])
-                values.append(((z - z.mean(0)) ** 2).sum(0) / (len(z) - 1))
+        calls, of_image = seen[name], {}
+        assert len(calls) == 4 * bags
+        for number, z in enumerate(calls):
+            for row, image in enumerate(encoded[number // bags]):
+                of_image.setdefault(image, []).append(z[row] / np.linalg.norm(z[row]))
+        values = [np.var(z, axis=0, ddof=1).mean() for z in of_image.values()]
+        assert len(values) == 32 and {len(z) for z in of_image.values()} == {2 * bags}
         assert found[name] == pytest.approx(np.mean(values), rel=1e-4) and found[name] > 0
 
 
+def test_source_and_target_vary_alike_where_nothing_sets_them_apart(script):
+    """The target is a copy at the start; that it alone is shuffled must not show, since all meet new batch-mates."""
+    args, images = small_args(script), small_images(512)
+    with torch.no_grad():
+        v = script.variances(args, build(script, args), script.plan_views(args), images, "cpu")
+    assert v["v_tgt"] / v["v_src"] == pytest.approx(1, abs=0.1)
+
+
 def test_the_variance_follows_the_views(script):
-    """More averaging on the target, less variance; equal views, none."""
+    """More averaging on the target, less variance; equal views of one's own, without batch-mates, none."""
     images = small_images(48)
     v = {}
     for flags in ("--bn-groups 1", "--bn-groups 1 --mean-enc 4"):
@@ -286,7 +299,7 @@ def test_the_variance_follows_the_views(script):
     flat.pixels = flat.pixels[:, :, :1, :1].expand(-1, -1, 24, 24)  # one colour per image: crops are alike
     args = small_args(script, "--bn-groups 1 --aug-src weak --aug-tgt weak")
     with torch.no_grad():
-        none = script.variances(args, build(script, args), script.plan_views(args), flat, "cpu")
+        none = script.variances(args, build(script, args).eval(), script.plan_views(args), flat, "cpu")
     assert none["v_src"] == pytest.approx(0, abs=1e-8) and none["v_tgt"] == pytest.approx(0, abs=1e-8)
 
 
