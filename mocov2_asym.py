@@ -54,15 +54,15 @@ RECIPES = {
     "imagenet": dict(
         arch="resnet50", img_size=224, epochs=100, batch_size=256, lr=0.03, wd=1e-4, warmup_epochs=0,
         bn_groups=8, queue=65536, ema=0.999, temperature=0.2, hidden=2048, dim=128, knn_every=10,
-        small_size=96, small_scale=(0.05, 0.14), large_scale=(0.14, 1.0)),
+        num_small=6, small_size=96, small_scale=(0.05, 0.14), large_scale=(0.14, 1.0)),
     "small": dict(
         arch="resnet18", img_size=32, epochs=200, batch_size=512, lr=0.03, wd=5e-4, warmup_epochs=0,
         bn_groups=8, queue=4096, ema=0.99, temperature=0.1, hidden=512, dim=128, knn_every=10,
-        small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
+        num_small=6, small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
     "demo": dict(
-        arch="tiny", img_size=32, epochs=6, batch_size=64, lr=0.24, wd=1e-4, warmup_epochs=1.5,
-        bn_groups=8, queue=256, ema=0.99, temperature=0.2, hidden=256, dim=128, knn_every=3,
-        small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
+        arch="tiny", img_size=32, epochs=8, batch_size=64, lr=0.24, wd=1e-4, warmup_epochs=1.5,
+        bn_groups=8, queue=256, ema=0.97, temperature=0.2, hidden=256, dim=128, knn_every=4,
+        num_small=2, small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
 }
 
 
@@ -453,7 +453,7 @@ def make_parser():
     flag("--bn-scope", choices=("projector", "all"), default="projector", help="all: backbone too (fn. 4)")
     flag("--mean-enc", type=count, default=1, metavar="N", help="MeanEnc: mean of N target views (Sec. 4.5)")
     flag("--mean-enc-src", type=count, default=1, metavar="N", help="mean of N source views (Sec. 4.5)")
-    flag("--num-small", type=count, default=6, help="MultiCrop's small crops")
+    flag("--num-small", type=count, help="MultiCrop's small crops")
     flag("--small-size", type=count, help="their pixels")
     flag("--small-scale", type=share, nargs=2, metavar="S", help="their share of the area, from and to")
     flag("--large-scale", type=share, nargs=2, metavar="S", help="large crops', if not weak, with MultiCrop")
@@ -716,7 +716,7 @@ class Run:
             state = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else None
             found = FORMAT if state is None else state["format"]
             pairs = [(k, old[k], self.about[k]) for k in ("method", "images", "mean", "std")]
-            for k in self.about["args"].keys() - MAY_DIFFER:
+            for k in sorted(self.about["args"].keys() - MAY_DIFFER):
                 pairs.append((dashed([k]), old["args"].get(k), self.about["args"][k]))
             self.step = state["step"] if state else 0
             seen = gather(torch.tensor([[self.step, self.about["images"]]])).unique(dim=0)  # waits for all
@@ -902,9 +902,11 @@ def work(args):
         more = run.step < min(args.epochs * steps, args.steps or math.inf)
         say(f"  resuming at step {run.step}" if more else "  complete; --overwrite repeats it")
     before = {s: signal.signal(s, lambda number, frame: setattr(run, "signal", number)) for s in SIGNALS}
-    train(args, run, model, optimizer, scaler, images, bank, queries, device)
-    for s, handler in before.items():
-        signal.signal(s, handler)
+    try:
+        train(args, run, model, optimizer, scaler, images, bank, queries, device)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def main(argv=None):

@@ -290,7 +290,8 @@ def centres(images, size, workers, device, batch=256):
 
 def loader(dataset, workers, device, **batches):
     batches |= {"num_workers": workers, "pin_memory": torch.device(device).type == "cuda"}
-    return torch.utils.data.DataLoader(dataset, worker_init_fn=deaf, **batches)
+    own = torch.Generator()  # else it would draw from the global one
+    return torch.utils.data.DataLoader(dataset, worker_init_fn=deaf, generator=own, **batches)
 
 
 def deaf(worker):

@@ -105,7 +105,7 @@ class Pool:
         for process in self.workers:
             process.start()
 
-    def run(self, world, function, *args, timeout=100):
+    def run(self, world, function, *args, timeout=240):
         """function(*args) in each of world processes, with a launcher's environment if there are two or more:
         what they return, in order of rank. An exception there is raised here."""
         port, results, self.stderr = free_port(), {}, {}
@@ -134,8 +134,11 @@ def worker(jobs, results):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
-    while True:
-        function, args, r, world, port = jobs.get()
+    while multiprocessing.parent_process().is_alive():
+        try:
+            function, args, r, world, port = jobs.get(timeout=10)
+        except queue.Empty:
+            continue
         sys.stderr = io.StringIO()
         names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
         if world > 1:

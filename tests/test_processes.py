@@ -93,11 +93,11 @@ def same_state(a, b, exact=False):
 @pytest.mark.parametrize("flags", ["", PREFERRED, OTHER, "--vanilla-head",
                                    "--asym-bn --sync-bn-src --bn-scope all"])
 def test_runs_of_1_2_and_4_processes_agree(pool, method, tree, mixed_tree, tmp_path, flags):
-    """An epoch and two thirds. Buffers and queue are in last.pt with the weights and the optimiser's."""
+    """An epoch and a third. Buffers and queue are in last.pt with the weights and the optimiser's."""
     images = mixed_tree if flags == PREFERRED else tree
-    outs = [run(pool, w, method, images, tmp_path / str(w), f"{flags} --steps 5") for w in (1, 2, 4)]
-    assert [line["step"] for line in log_lines(outs[0])] == list(range(6))
-    assert len({round(line["loss"], 4) for line in log_lines(outs[0])[1:]}) == 5
+    outs = [run(pool, w, method, images, tmp_path / str(w), f"{flags} --steps 4") for w in (1, 2, 4)]
+    assert [line["step"] for line in log_lines(outs[0])] == list(range(5))
+    assert len({round(line["loss"], 4) for line in log_lines(outs[0])[1:]}) == 4
     for out in outs[1:]:
         same_logs(outs[0], out)
         same_state(outs[0], out)
@@ -221,7 +221,8 @@ def test_a_run_that_died_continues_from_what_it_saved(pool, method, tree, whole,
     """Steps logged after the last save, and half a line, give way to those that are done again."""
     script = importlib.import_module(method)
     with monkeypatch.context() as patch:
-        patch.setattr(script, "lr_factor", lambda step, *a, f=script.lr_factor: f(step, *a) if step < 5 else 1 / 0)
+        f = script.lr_factor
+        patch.setattr(script, "lr_factor", lambda step, *a: f(step, *a) if step < 5 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             script.main(argv(method, tree, tmp_path, PREFERRED).split())
     assert saved(tmp_path)["step"] == 3 and log_lines(tmp_path)[-1]["step"] == 5
@@ -307,7 +308,7 @@ def command(method, line, *launcher):
 
 
 def printed(process):
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     return out, re.findall(r"step (\d+)  loss ([\d.]+)", out)
 
@@ -329,7 +330,7 @@ def test_nproc_and_torchrun_print_the_losses_of_one_process(pool, method, tree, 
 
 def test_a_real_sigterm_saves_and_the_same_command_continues(pool, method, mixed_tree, tmp_path):
     """To the whole process group, as a scheduler sends it: the loader's workers must not die of it."""
-    flags = "--epochs 12 --knn-every 12 --workers 1"
+    flags = "--epochs 8 --knn-every 8 --workers 1"
     process = command(method, argv(method, mixed_tree, tmp_path / "a", flags))
     log, end = tmp_path / "a" / "log.jsonl", time.time() + 60
     while not (log.exists() and '"step": 5,' in log.read_text()):
@@ -338,7 +339,7 @@ def test_a_real_sigterm_saves_and_the_same_command_continues(pool, method, mixed
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     step = saved(tmp_path / "a")["step"]
-    assert process.returncode == 128 + signal.SIGTERM and 5 <= step < 36
+    assert process.returncode == 128 + signal.SIGTERM and 5 <= step < 24
     assert f"SIGTERM: saved step {step}" in err and "Traceback" not in err
     for out in ("a", "b"):
         run(pool, 1, method, mixed_tree, tmp_path / out, flags.replace("--workers 1", ""))

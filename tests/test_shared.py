@@ -334,7 +334,6 @@ def test_variances_leave_the_global_generator_alone(script):
     assert global_generator_after_measuring(script, labelled=False)
 
 
-@pytest.mark.xfail(strict=True, reason="data.loader: DataLoader seeds itself from torch's global generator")
 def test_knn_leaves_the_global_generator_alone(script):
     assert global_generator_after_measuring(script, labelled=True)
 
