@@ -100,7 +100,7 @@ def readme_commands():
     text = (ROOT / "README.md").read_text()
     for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            for part in line.split("#")[0].split("&&"):
+            for part in line.split("#")[0].split("&"):
                 if m := re.search(r"(\w+)\.py\b(.*)", part):
                     if any(p.stem == m[1] for p in [*SCRIPTS, *EVALUATION]):
                         yield m[1], m[2]
