@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common import augment, data
-from common.augment import V2, rng
+from common.augment import rng
 
 # ============================================================================== method: recipes and flags
 # imagenet is the paper's (Sec. 4 and 7, its code for the rest). small and demo are our choice, small after
@@ -66,6 +66,11 @@ RECIPES = {
 }
 
 
+def recipe(args):
+    """The defaults of the flags that were not given."""
+    return RECIPES[args.recipe]
+
+
 def method_flags(flag):
     flag("--queue", type=count, metavar="K", help="keys in the queue")
     flag("--ema", type=share, metavar="M", help="momentum m of the target encoder")
@@ -75,23 +80,26 @@ def method_flags(flag):
     flag("--vanilla-head", action="store_true", help="MoCo v2's published two-layer projector, without BN")
 
 
-def method_checks(args, images):
+def method_checks(args, images=None):
+    """What cannot work, before any work; and again when the number of images is known."""
     check(not (args.vanilla_head and args.bn_scope == "projector" and (args.asym_bn or args.sync_bn_src)),
           "--vanilla-head has no BN to synchronise; add --bn-scope all, or leave it out")
-    if args.queue > images / 4:
+    if images and args.queue > images / 4:
         say(f"warning: with --queue {args.queue} and {images} images, an image's own old key is a negative "
             f"in {min(1, args.queue / images):.0%} of the cases; --queue {max(1, images // 8)} is safer")
 
 
 def augmentations(args):
     """The recipes of source and target before AsymAug: MoCo v2's for both, without blur on small images."""
-    recipe = V2 if args.recipe == "imagenet" else replace(V2, blur=0.0)
-    return recipe, recipe
+    both = augment.V2 if args.recipe == "imagenet" else replace(augment.V2, blur=0.0)
+    return both, both
 
 
 # ============================================================================== method: model and loss
 class MoCoV2(nn.Module):
     """Source, target and queue. One forward() per step is the algorithm at the top of this file."""
+
+    archs = ("tiny",)  # besides torchvision's resnets
 
     def __init__(self, args):
         super().__init__()
@@ -379,9 +387,9 @@ def show_views(args, plan, images):
     mean, std = (torch.tensor(s).view(3, 1, 1) for s in images.stats)
     crops, _ = next(data.stream(images, planned_crops(plan), [(0, rows)], args.seed, 0, 1, 0, "cpu"))
     sides = make_views(plan, crops, len(rows), rng(args.seed, "views", 0), images.stats, slice(None))
-    for bags, seen in zip(plan, sides, strict=True):
-        for view, x in zip(sum(bags, []), sum(seen, []), strict=True):
-            x = (x * std + mean if view.recipe.normalize else x).clamp(0, 1)
+    for seen in sides:
+        for x in sum(seen, []):
+            x = (x * std + mean).clamp(0, 1)
             columns.append(F.pad(x, (0, edge - x.shape[3]) * 2, value=1.0))
         columns.append(torch.ones(len(rows), 3, edge, edge))
     tiles = torch.stack(columns[:-1], 1).flatten(0, 1)
@@ -428,7 +436,7 @@ def make_parser():
     flag("--download", action="store_true", help="let torchvision download the data set")
     flag("--strict-images", action="store_true", help="stop at an unreadable image instead of replacing it")
     flag("--recipe", choices=RECIPES, help="default: demo for demo, small for small sets, else imagenet")
-    flag("--arch", help="any torchvision resnet, or tiny")
+    flag("--arch", help=f"any torchvision resnet, or {' '.join(Method.archs)}")
     flag("--img-size", type=count, help="pixels of the large views; up to 64, resnets get the CIFAR stem")
     flag("--epochs", type=count, help="length of training and of its schedules")
     flag("--steps", type=count, help="stop after that many, on the schedule of --epochs")
@@ -479,11 +487,11 @@ def parse_args(argv):
     check(sync_bn or args.bn_scope == "projector", "--bn-scope: no --asym-bn or --sync-bn-src to act on")
     check(not args.asym_aug or args.aug_tgt in (None, "weak"), "--asym-aug is --aug-tgt weak; drop one")
     args.aug_src, args.aug_tgt = args.aug_src or "base", args.aug_tgt or ("weak" if args.asym_aug else "base")
-    recipe = "demo" if args.data == "demo" else "small" if args.data in data.NAMES else "imagenet"
-    args.recipe, args.knn_asked = args.recipe or recipe, "knn_every" in given
+    by_data = "demo" if args.data == "demo" else "small" if args.data in data.NAMES else "imagenet"
+    args.recipe, args.knn_asked = args.recipe or by_data, "knn_every" in given
     if args.workers is None:
         args.workers = min(8, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))))
-    for name, value in RECIPES[args.recipe].items():
+    for name, value in recipe(args).items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     given = {k: "_".join(map(str, v)) if isinstance(v, list) else v for k, v in given.items()}
     parts = [k if v is True else f"{k}={v}" for k, v in given.items() if k not in MAY_DIFFER | {"data"}]
@@ -505,7 +513,7 @@ def check_flags(args, world):
     multicrop = args.multicrop_src or args.multicrop_tgt
     smallest = min(args.img_size, args.small_size if multicrop else args.img_size)
     check(smallest >= least, f"views of {smallest} px are too small for {args.arch}; use {least} px or more")
-    known = ["tiny", *torchvision.models.list_models(torchvision.models, include="*resne*")]
+    known = [*Method.archs, *torchvision.models.list_models(torchvision.models, include="*resne*")]
     check(args.arch in known, f"--arch {args.arch} is unknown; use one of {' '.join(known)}")
     for low, high in (args.small_scale, args.large_scale):
         check(0 < low <= high, f"crops of {low} to {high} of the area: give two shares, the smaller first")
@@ -517,6 +525,7 @@ def check_flags(args, world):
     check(kind != "mps" or torch.backends.mps.is_available() and world == 1,
           "--device mps: not available, or more than one process; use --device cpu")
     check(cuda or args.amp != "fp16", f"--amp fp16 does not work on {args.device}; use --amp bf16 or off")
+    method_checks(args)
 
 
 def check(good, message):
@@ -578,7 +587,7 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
         src, tgt = make_views(plan, crops, batch, generator, images.stats)
         factor, m = lr_factor(step, total, warmup), model.momentum(step / total)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = group["peak"] * (1 if group.get("constant") else factor)
         loss, spreads = net(src, tgt, m, generator)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -861,6 +870,10 @@ def work(args):
         images, bank, queries = data.load(args.data, args.data_root)
     except data.DataError as e:
         stop(e)
+    if not augmentations(args)[0].normalize:
+        for split in (images, bank, queries):
+            if split is not None:
+                split.stats = data.RAW
     report(args, images.bad if rank() == 0 or args.strict_images else ())
     n, batch, groups, world = len(images), args.batch_size, args.bn_groups, world_size()
     most = n // math.lcm(groups, world) * math.lcm(groups, world)

@@ -46,7 +46,7 @@ class Recipe:
     blur: float = 0.5  # sigma uniform in [0.1, 2] pixels
     solarize: float = 0.0  # inverts what is above 0.5
     randaugment: bool = False
-    normalize: bool = True  # SimCLR's images stay in [0, 1]
+    normalize: bool = True  # SimCLR's images stay in [0, 1]; such a run has mean 0 and std 1
 
 
 V2 = Recipe()  # MoCo v2, SimSiam: both views

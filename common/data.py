@@ -23,6 +23,7 @@ from common.augment import crop_batch, crop_boxes, rng
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 HALF = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for methods that do not normalise
 NAMES = ("demo", "cifar10", "cifar100", "stl10", "fashion-mnist")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 IN_MEMORY = 2**30  # bytes: a folder of equally sized images up to this size is decoded once, at the start
