@@ -21,22 +21,22 @@ class LARS(torch.optim.Optimizer):
     def step(self):
         """One update; tensors of a group are treated together, which is faster than one by one on a GPU."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            weights = [p for p in params if p.ndim > 1 or group["adapt_1d"]]
-            others = [p for p in params if not (p.ndim > 1 or group["adapt_1d"])]
-            if not params:
-                continue
-            d = [p.grad for p in weights + others]
-            if weights:
-                decayed = torch._foreach_add(d[: len(weights)], weights, alpha=group["weight_decay"])
-                p_norm, d_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, decayed))
-                q = torch.where((p_norm > 0) & (d_norm > 0), group["trust"] * p_norm / d_norm, 1.0)
-                d = torch._foreach_mul(decayed, list(q.unbind())) + d[len(weights) :]
-            for p in params:
-                if "velocity" not in self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p)
-            v = [self.state[p]["velocity"] for p in weights + others]
-            inside, outside = (group["lr"], 1.0) if group["classic"] else (1.0, group["lr"])
-            torch._foreach_mul_(v, group["momentum"])
-            torch._foreach_add_(v, d, alpha=inside)
-            torch._foreach_add_(weights + others, v, alpha=-outside)
+            for scaled in (True, False):
+                params = [p for p in group["params"] if p.grad is not None
+                          and (p.ndim > 1 or group["adapt_1d"]) == scaled]
+                if not params:
+                    continue
+                d = [p.grad for p in params]
+                if scaled:
+                    d = torch._foreach_add(d, params, alpha=group["weight_decay"])
+                    p_norm, d_norm = (torch.stack(torch._foreach_norm(x)) for x in (params, d))
+                    q = torch.where((p_norm > 0) & (d_norm > 0), group["trust"] * p_norm / d_norm, 1.0)
+                    d = torch._foreach_mul(d, q.unbind())
+                for p in params:
+                    if "velocity" not in self.state[p]:
+                        self.state[p]["velocity"] = torch.zeros_like(p)
+                v = [self.state[p]["velocity"] for p in params]
+                inside, outside = (group["lr"], 1.0) if group["classic"] else (1.0, group["lr"])
+                torch._foreach_mul_(v, group["momentum"])
+                torch._foreach_add_(v, d, alpha=inside)
+                torch._foreach_add_(params, v, alpha=-outside)

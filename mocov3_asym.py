@@ -1,0 +1,1046 @@
+"""MoCo v3 with asymmetric designs, in one file: ResNets and ViTs.
+
+Wang, Fan, Tian, Kihara, Chen: On the Importance of Asymmetry for Siamese Representation Learning, CVPR 2022.
+Chen, Xie, He: An Empirical Study of Training Self-Supervised Vision Transformers, ICCV 2021.
+
+The source encoder f_s learns by gradient; the target encoder f_t follows it and judges it. For images x:
+
+    theta_t = m theta_t + (1 - m) theta_s                        the target follows the source; m -> 1
+    q  = normalize(h(f_s(aug_s(x))))                             source encodings, then h; with gradient
+    z' = normalize(f_t(aug_t(x)))                                target encodings, without
+    L  = mean of -2 tau log(exp(q_i.z'_i/tau) / sum_j exp(q_i.z'_j/tau)), j over the batch
+    theta_s, h = LARS((theta_s, h), dL/d(theta_s, h))            AdamW for a ViT
+
+The paper's finding: keep the target's variance below the source's. Each design is a flag, on either encoder:
+--multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2; their opposites: --help.
+--symmetrize is the original, in which each view goes through both encoders.
+
+    python mocov3_asym.py                                        a laptop: demo data, two minutes
+    python mocov3_asym.py --data cifar10 --download              one GPU: the CIFAR recipe
+    torchrun --nproc_per_node=8 mocov3_asym.py --data IMAGENET --epochs 200 --scalemix-src --mean-enc 2
+"""
+
+# ============================================================================== shared: imports
+import argparse
+import inspect
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from common import augment, data
+from common.augment import rng
+
+# ============================================================================== method: recipes and flags
+from common.lars import LARS
+
+# imagenet is the original's for 100 epochs. small and demo are our choice.
+RECIPES = {
+    "imagenet": dict(
+        arch="resnet50", img_size=224, epochs=100, batch_size=4096, lr=0.6, wd=1e-6, warmup_epochs=10,
+        bn_groups=1, ema=0.99, temperature=1.0, hidden=4096, dim=256, knn_every=10,
+        num_small=6, small_size=96, small_scale=(0.05, 0.14), large_scale=(0.14, 1.0)),
+    "small": dict(
+        arch="resnet18", img_size=32, epochs=200, batch_size=512, lr=1.0, wd=1e-6, warmup_epochs=10,
+        bn_groups=1, ema=0.99, temperature=0.2, hidden=2048, dim=256, knn_every=10,
+        num_small=6, small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
+    "demo": dict(
+        arch="tiny", img_size=32, epochs=8, batch_size=64, lr=8.0, wd=1e-6, warmup_epochs=1,
+        bn_groups=1, ema=0.97, temperature=0.2, hidden=256, dim=128, knn_every=4,
+        num_small=2, small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
+}
+
+
+def recipe(args):
+    """The defaults of the flags that were not given."""
+    return RECIPES[args.recipe] | (VIT_RECIPES[args.recipe] if is_vit(args) else {})
+
+
+def method_flags(flag):
+    flag("--ema", type=share, metavar="M", help="momentum m of the target encoder at the start; 1 at the end")
+    flag("--temperature", type=number(float, 1e-3), metavar="TAU", help="temperature of InfoNCE")
+    flag("--hidden", type=count, help="width of the projector's and the predictor's hidden layers")
+    flag("--dim", type=count, help="dimension of the encodings")
+    flag("--swap-aug", action="store_true", help="the source gets the recipe of the target, and the reverse")
+    flag("--symmetrize", action="store_true", help="the original: the loss of both directions, summed")
+    vit_flags(flag)
+
+
+def method_checks(args, images=None):
+    """What cannot work, before any work; and again when the number of images is known."""
+    check_original(args)
+    vit_checks(args)
+
+
+def augmentations(args):
+    """The recipes of source and target before AsymAug: BYOL's two, without blur on small images. Which one
+    the paper gave to the source is not known; ours is the one that always blurs and never solarizes. A
+    ResNet's crops begin at 0.2 of the area, a ViT's at 0.08; interpolation is bilinear."""
+    pair = augment.BYOL1, augment.BYOL2
+    pair = tuple(replace(one, bicubic=False, scale=(0.08 if is_vit(args) else 0.2, 1.0)) for one in pair)
+    if args.recipe != "imagenet":
+        pair = tuple(replace(one, blur=0.0) for one in pair)
+    return pair[::-1] if args.swap_aug else pair
+
+
+# ============================================================================== method: model and loss
+class MoCoV3(nn.Module):
+    """Source, target and predictor. One forward() per step is the algorithm at the top of this file."""
+
+    archs = ("tiny", "vit_tiny", "vit_small", "vit_base")  # besides torchvision's resnets
+
+    def __init__(self, args):
+        super().__init__()
+        grouped, synced = partial(BatchNorm, groups=args.bn_groups), partial(BatchNorm, groups=1)
+        self.temperature, self.m, self.symmetrize = args.temperature, args.ema, args.symmetrize
+        self.shuffle = args.bn_groups > 1  # else BN's groups would tell where the positive is
+
+        def encoder(sync):  # AsymBN (Sec. 4.4): SyncBN in one encoder's projector; footnote 4: in all of it
+            bn = synced if sync and args.bn_scope == "all" else grouped
+            backbone, width = build_vit(args) if is_vit(args) else build_backbone(args, bn, zero_init=True)
+            return Encoder(backbone, projector(args, width, synced if sync else grouped), args.autocast)
+
+        self.source, self.target = encoder(args.sync_bn_src), encoder(args.asym_bn)
+        self.target.load_state_dict(self.source.state_dict())
+        self.target.requires_grad_(False)
+        self.predictor = predictor(args, grouped)
+
+    def momentum(self, progress):
+        """m at this share of the training: from its start to 1 by a cosine."""
+        return 1 - (1 - self.m) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def forward(self, src, tgt, m, generator):
+        """One step on this process's n of the N images.
+
+        src, tgt: lists of bags. A bag is a list of views (n, 3, s, s) whose encodings are averaged: first the
+        large views (one, or MeanEnc's), then each small crop by itself. generator: draws the shuffle, if any.
+        Returns the loss, a mean over the n images, and the spread of source and target encodings."""
+        update_target(self.target, self.source, m)
+        ways = [(src, tgt), (tgt, src)] if self.symmetrize else [(src, tgt)]
+        generator = generator if self.shuffle else None
+        losses, spreads = zip(*[self.one_way(*way, generator) for way in ways], strict=True)
+        return sum(losses), spreads[0]
+
+    def one_way(self, src, tgt, generator):
+        """Loss and spreads of the source's encodings of src against the target's of tgt."""
+        z = [encode(self.source, bag, track=i == 0) for i, bag in enumerate(src)]  # each (n, d)
+        q = [F.normalize(self.predictor(x)) for x in z]
+        with torch.no_grad():
+            k = [F.normalize(encode(self.target, bag, generator, track=i == 0)) for i, bag in enumerate(tgt)]
+        loss = over_crops(self.info_nce, q, [gather(x) for x in k])
+        return loss, {"std_src": spread(F.normalize(z[0])), "std_tgt": spread(k[0])}
+
+    def info_nce(self, q, keys):
+        """2 tau times the cross-entropy of an image's own key. Unit vectors q (n, d), all keys (N, d)."""
+        own = torch.arange(len(keys), device=q.device)[mine()]
+        return 2 * self.temperature * F.cross_entropy(q @ keys.T / self.temperature, own)
+
+    @staticmethod
+    def chance(args):
+        """The loss of encodings that tell nothing."""
+        terms = 2 if args.multicrop_src or args.symmetrize else 1
+        return terms * 2 * args.temperature * math.log(args.batch_size)
+
+    @staticmethod
+    def optimizer(args, model):
+        """LARS; for a ViT AdamW, with decay on everything. peak: the rate that the schedule scales."""
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad], "peak": args.peak_lr}]
+        return (torch.optim.AdamW if is_vit(args) else LARS)(groups, lr=args.peak_lr, weight_decay=args.wd)
+
+
+def projector(args, width, bn):
+    """MoCo v3's: one hidden layer, two for a ViT; at the end a BN without scale and shift."""
+    hidden = [args.hidden] * (2 if is_vit(args) else 1)
+    return mlp([width, *hidden, args.dim], bn, last=[bn(args.dim, affine=False)])
+
+
+def predictor(args, bn):
+    """MoCo v3's: one hidden layer; at the end, for a ViT only, a BN without scale and shift."""
+    last = [bn(args.dim, affine=False)] if is_vit(args) else []
+    return mlp([args.dim, args.hidden, args.dim], bn, last)
+
+
+Method = MoCoV3
+
+
+# ============================================================================== method: vit
+# Patch size, blocks, width, heads: small and base are MoCo v3's, tiny is our choice, for images of 32 px.
+VITS = {"vit_tiny": (4, 12, 192, 3), "vit_small": (16, 12, 384, 12), "vit_base": (16, 12, 768, 12)}
+VIT_RECIPES = {  # what differs from RECIPES
+    "imagenet": dict(arch="vit_small", lr=1.5e-4, wd=0.1, warmup_epochs=40, temperature=0.2),
+    "small": dict(arch="vit_tiny", lr=1.5e-4, wd=0.1, warmup_epochs=40),
+    "demo": dict(arch="vit_tiny", lr=2e-3, wd=0.1, warmup_epochs=1),
+}
+
+
+def is_vit(args):
+    return args.arch in VITS
+
+
+def vit_flags(flag):
+    flag("--stop-grad-conv1", action=argparse.BooleanOptionalAction, default=True,
+         help="a ViT's patch projection stays as initialised, which steadies training (default), or learns")
+
+
+def vit_checks(args):
+    check(is_vit(args) or args.stop_grad_conv1, f"--no-stop-grad-conv1 is about ViTs, not --arch {args.arch}")
+    if is_vit(args):
+        patch, multicrop = VITS[args.arch][0], args.multicrop_src or args.multicrop_tgt
+        for name in ["img_size"] + ["small_size"] * multicrop:
+            size = getattr(args, name)
+            check(size % patch == 0, f"{dashed([name])} {size} is no multiple of the {patch} px patches of "
+                  f"{args.arch}; use {near(size, patch)}")
+
+
+class ViT(torchvision.models.VisionTransformer):
+    """torchvision's, with fixed positions that follow the size of the crop: (n, 3, s, s) -> (n, d), the class
+    token after the last LayerNorm. s: a multiple of the patch size."""
+
+    def forward(self, x):
+        x = self.conv_proj(x)  # (n, d, grid, grid)
+        positions = self.encoder.pos_embedding
+        if x.shape[3] != (full := self.image_size // self.patch_size):  # MultiCrop's small crops
+            positions = sincos(x.shape[3], full, x.shape[1]).to(positions)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        return self.encoder.ln(self.encoder.layers(x + positions))[:, 0]
+
+
+def sincos(grid, full, dim):
+    """2-D sine-cosine positions (1, 1 + grid^2, dim): half the channels tell the row, half the column; zeros
+    for the class token. A grid of fewer patches is spread over the same range as the full grid."""
+    place = (torch.arange(grid) + 0.5) * full / grid - 0.5
+    angle = place[:, None] * 10000 ** (-torch.arange(dim // 4) / (dim // 4))  # (grid, dim / 4)
+    line = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, dim / 2)
+    square = torch.cat([line[:, None].expand(-1, grid, -1), line.expand(grid, -1, -1)], 2)
+    return F.pad(square.flatten(0, 1), (0, 0, 1, 0))[None]
+
+
+def build_vit(args):
+    """A ViT without classifier, initialised as MoCo v3's, and its features' width."""
+    patch, blocks, dim, heads = VITS[args.arch]
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    net = ViT(args.img_size, patch, blocks, heads, dim, 4 * dim, norm_layer=norm)
+    del net.encoder.pos_embedding  # a parameter there
+    net.encoder.register_buffer("pos_embedding", sincos(args.img_size // patch, args.img_size // patch, dim))
+    net.heads = nn.Identity()
+    for name, p in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif name.endswith("in_proj_weight"):
+            for part in p.chunk(3):  # queries, keys and values are three matrices
+                nn.init.xavier_uniform_(part)
+        elif p.ndim == 2:
+            nn.init.xavier_uniform_(p)
+    nn.init.normal_(net.class_token, std=1e-6)
+    bound = math.sqrt(6 / (3 * patch**2 + dim))
+    nn.init.uniform_(net.conv_proj.weight, -bound, bound)
+    net.conv_proj.requires_grad_(not args.stop_grad_conv1)
+    return net, dim
+
+
+# ============================================================================== shared: networks
+class Encoder(nn.Module):
+    """Backbone and projector: (n, 3, s, s) -> (n, d), in float32 whatever autocast does inside."""
+
+    def __init__(self, backbone, projector, autocast):
+        super().__init__()
+        self.backbone, self.projector, self.autocast = backbone, projector, autocast
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.projector(self.backbone(x)).float()
+
+
+def build_backbone(args, bn, zero_init=False):
+    """A torchvision ResNet without classifier, and its features' width. Up to 64 px it has the CIFAR stem:
+    a 3 x 3 convolution, no max-pool. tiny, for the demo: that stem and four blocks of 16 to 128 channels.
+    zero_init: the last BN of each residual block begins at 0."""
+    if args.arch == "tiny":
+        net, width = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=bn), 128
+        net.inplanes, net.bn1 = 16, bn(16)
+        for i in range(4):
+            setattr(net, f"layer{i + 1}", net._make_layer(BasicBlock, 16 * 2**i, 1, stride=2 if i else 1))
+    else:
+        net = torchvision.models.get_model(args.arch, weights=None, norm_layer=bn)
+        width = net.fc.in_features
+    if args.arch == "tiny" or args.img_size <= 64:
+        net.conv1 = nn.Conv2d(3, net.bn1.num_features, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    for block in (m for m in net.modules() if zero_init and isinstance(m, BasicBlock | Bottleneck)):
+        nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
+    net.fc = nn.Identity()
+    return net, width
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm on virtual devices, for (n, c) and (n, c, h, w). Image i of the global batch is normalised
+    with the images of group i mod G, however many processes there are; G = 1 is SyncBN. State dict of
+    nn.BatchNorm2d. Running statistics: means over this process's groups; sync_buffers() over processes."""
+
+    def __init__(self, features, groups=1, affine=True):
+        super().__init__(features, affine=affine)
+        self.groups, self.track = groups, True
+
+    def forward(self, x):
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if self.groups == 1 and world_size() > 1:
+            return self.synchronised(x)
+        g, c = max(1, self.groups // world_size()), self.num_features  # a process holds whole groups
+        stats = (self.running_mean.repeat(g), self.running_var.repeat(g)) if self.track else (None, None)
+        weight, bias = (None if p is None else p.repeat(g) for p in (self.weight, self.bias))
+        groups_as_channels = x.reshape(len(x) // g, g * c, *x.shape[2:])
+        y = F.batch_norm(groups_as_channels, *stats, weight, bias, True, self.momentum, self.eps)
+        if self.track:
+            self.remember(*(stat.view(g, c).mean(0) for stat in stats))
+        return y.view_as(x)
+
+    def synchronised(self, x):
+        axes, shape = [0, *range(2, x.ndim)], (1, -1) + (1,) * (x.ndim - 2)
+        n = x.numel() // self.num_features * world_size()
+        mean = SumOverProcesses.apply(x.float().sum(axes)) / n
+        centred = x.float() - mean.view(shape)
+        var = SumOverProcesses.apply(centred.square().sum(axes)) / n
+        y = centred * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        if self.track:
+            self.remember(self.running_mean.lerp(mean.detach(), self.momentum),
+                          self.running_var.lerp(var.detach() * n / (n - 1), self.momentum))
+        return y.to(x.dtype)
+
+    def remember(self, mean, var):
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        self.num_batches_tracked.add_(1)
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """all_reduce with its gradient: a process's addend gets the gradients of all processes' losses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_sum(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_sum(grad)
+
+
+def all_sum(x):
+    """Sum over processes, as a new tensor; without gradient."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def gather(x):
+    """The global batch (N, ...), in its order, from each process's (n, ...); without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def mine():
+    """The positions of the global batch that this process holds: every world-th."""
+    return slice(rank(), None, world_size())
+
+
+def sync_buffers(model):
+    """Running statistics become means over processes. They are linear in the batches, so any time will do."""
+    for bn in (m for m in model.modules() if isinstance(m, BatchNorm)):
+        for stat in (bn.running_mean, bn.running_var):
+            stat.copy_(all_sum(stat) / world_size())
+
+
+# ============================================================================== shared: heads
+def mlp(sizes, bn, last=(), bias=False, last_bias=False):
+    """Linear layers of these sizes with BN and ReLU between them: (n, sizes[0]) -> (n, sizes[-1]). last:
+    modules after the last one. bias: of the layers before a BN, which cancels it; last_bias: of the last."""
+    layers = []
+    for width, next_width in zip(sizes[:-2], sizes[1:-1], strict=True):
+        layers += [nn.Linear(width, next_width, bias=bias), bn(next_width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], bias=last_bias), *last)
+
+
+# ============================================================================== shared: target update
+@torch.no_grad()
+def update_target(target, source, m):
+    """theta_t = m theta_t + (1 - m) theta_s. Parameters only: BN statistics come from the target's batches.
+    m = 0 makes the target a clone of the source as it stands before this step."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - m)
+
+
+def encode(encoder, views, shuffle=None, track=True):
+    """Encodes a list of views (n, 3, s, s) jointly and averages the raw outputs: (n, d). MeanEnc (Sec. 4.5)
+    if they are two or more. shuffle, a generator: all processes' views are permuted as one pool, then back,
+    so that an image's batch-mates in BN are not those of the source. track: BN keeps running statistics."""
+    for bn in (m for m in encoder.modules() if isinstance(m, BatchNorm)):
+        bn.track = track
+    x = torch.cat(views)
+    if shuffle is None:
+        z = encoder(x)
+    else:
+        order = torch.randperm(len(x) * world_size(), generator=shuffle)
+        z = gather(encoder(gather(x)[order[mine()].to(x.device)]))[order.argsort()[mine()].to(x.device)]
+    return z.view(len(views), -1, z.shape[1]).mean(0)
+
+
+def over_crops(loss, q, k):
+    """MultiCrop's weights (Sec. 4.1). An encoder's crops are one group, the large, or two, large and small;
+    in a group all weigh the same. On the source, as published: the sum over groups. On the target or on both,
+    our choice: for each of the source's groups the mean over the target's."""
+    def groups(crops):
+        return [crops[:1], crops[1:]] if len(crops) > 1 else [crops]
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    return sum(mean([mean([loss(u, v) for u in us for v in vs]) for vs in groups(k)]) for us in groups(q))
+
+
+def spread(z):
+    """Standard deviation per channel of unit vectors z (n, d) over the global batch, times sqrt(d): near 1 if
+    they fill the sphere, 0 if they have collapsed."""
+    z = gather(z.detach())
+    return z.std(0).mean() * z.shape[1] ** 0.5
+
+
+# ============================================================================== shared: the original methods
+DESIGNS_OFF = dict(
+    multicrop_src=False, multicrop_tgt=False, scalemix_src=False, scalemix_tgt=False, aug_src="base",
+    aug_tgt="base", asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
+
+
+def check_original(args):
+    """--symmetrize is the method as it was before the paper: views swap sides, so no side has a design."""
+    given = [name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off]
+    check(not (args.symmetrize and given),
+          f"--symmetrize is the original method, without designs; drop it, or {dashed(given)}")
+
+
+# ============================================================================== shared: views
+@dataclass(frozen=True)
+class View:
+    recipe: augment.Recipe
+    crop: data.Crop
+    mix: bool  # ScaleMix
+
+
+def plan_views(args):
+    """What source and target see: for each a list of bags, the views in a bag to be averaged."""
+    change = {"base": lambda recipe: recipe, "weak": augment.weak, "strong": augment.strong}
+    src = args.aug_src, args.scalemix_src, args.mean_enc_src, args.multicrop_src
+    tgt = args.aug_tgt, args.scalemix_tgt, args.mean_enc, args.multicrop_tgt
+    plan = []
+    for base, (aug, mix, n, multicrop) in zip(augmentations(args), (src, tgt), strict=True):
+        recipe = change[aug](base)  # AsymAug (Sec. 4.3)
+        multicropped = (args.multicrop_src or args.multicrop_tgt) and aug != "weak"
+        scale = tuple(args.large_scale) if multicropped else recipe.scale
+        large = View(recipe, data.Crop(args.img_size, scale, recipe.bicubic), mix)  # ScaleMix (Sec. 4.2)
+        small = View(base, data.Crop(args.small_size, tuple(args.small_scale), base.bicubic), False)
+        plan.append([[large] * n] + [[small]] * args.num_small * multicrop)  # MeanEnc (4.5), MultiCrop (4.1)
+    return plan
+
+
+def planned_crops(plan):
+    """The crops that the plan needs, in order: two for a ScaleMix view."""
+    return [view.crop for bags in plan for bag in bags for view in bag for _ in range(1 + view.mix)]
+
+
+def make_views(plan, crops, total, generator, stats, part=None):
+    """This process's crops, each (n, 3, s, s), as views, arranged as in the plan. Parameters are drawn for
+    the global batch of total images, of which part is here, by default this process's share. stats: mean and
+    standard deviation of the data."""
+    crops, (mean, std), part = iter(crops), map(torch.tensor, stats), part or mine()
+
+    def make(view, mix):
+        params = {k: v[part] for k, v in augment.draw(view.recipe, total, generator).items()}
+        first = augment.augment(next(crops), view.recipe, params, mean, std)
+        if not mix:
+            return first
+        boxes = augment.scalemix_boxes(total, view.crop.size, generator)[part]
+        return augment.scalemix(first, make(view, False), boxes)
+
+    return [[[make(view, view.mix) for view in bag] for bag in bags] for bags in plan]
+
+
+def show_views(args, plan, images):
+    """A picture with a row per image: the source's views, a white column, the target's."""
+    rows, edge, columns = torch.arange(min(8, len(images))), args.img_size, []
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in images.stats)
+    crops, _ = next(data.stream(images, planned_crops(plan), [(0, rows)], args.seed, 0, 1, 0, "cpu"))
+    sides = make_views(plan, crops, len(rows), rng(args.seed, "views", 0), images.stats, slice(None))
+    for seen in sides:
+        for x in sum(seen, []):
+            x = (x * std + mean).clamp(0, 1)
+            columns.append(F.pad(x, (0, edge - x.shape[3]) * 2, value=1.0))
+        columns.append(torch.ones(len(rows), 3, edge, edge))
+    tiles = torch.stack(columns[:-1], 1).flatten(0, 1)
+    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // edge))
+    torchvision.utils.save_image(tiles, args.show_views, nrow=len(columns) - 1, pad_value=1.0)
+
+
+# ============================================================================== shared: schedules
+def lr_factor(step, total, warmup):
+    """The learning rate's share of its peak at step (from 0): linear from 0, then half a cosine to 0."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+# ============================================================================== shared: flags
+METHOD, FORMAT = Path(__file__).stem, 1  # FORMAT: of last.pt
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+MAY_DIFFER = {"out", "overwrite", "nproc", "workers", "device", "steps", "log_every", "save_every",
+              "knn_every", "show_views", "dry_run", "data_root", "download", "strict_images"}  # on resuming
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number in [low, high]."""
+    def parse(text):
+        if not low <= kind(text) <= high or kind(text) == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's messages
+    return parse
+
+
+count, share = number(int, 1), number(float, 0, 1)
+
+
+def make_parser():
+    p = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: stop(f"{message}; --help lists the flags")
+    flag = p.add_argument_group("data and recipe (defaults: the recipe's, a table in this file)").add_argument
+    flag("--data", default="demo", help=f"{', '.join(data.NAMES)}, or a folder (see README)")
+    flag("--data-root", default="data", metavar="DIR", help="where torchvision's data sets are, or go")
+    flag("--download", action="store_true", help="let torchvision download the data set")
+    flag("--strict-images", action="store_true", help="stop at an unreadable image instead of replacing it")
+    flag("--recipe", choices=RECIPES, help="default: demo for demo, small for small sets, else imagenet")
+    flag("--arch", help=f"any torchvision resnet, or {' '.join(Method.archs)}")
+    flag("--img-size", type=count, help="pixels of the large views; up to 64, resnets get the CIFAR stem")
+    flag("--epochs", type=count, help="length of training and of its schedules")
+    flag("--steps", type=count, help="stop after that many, on the schedule of --epochs")
+    flag("--batch-size", type=count, help="images per step, of all processes together")
+    flag("--lr", type=number(float, 0), help="learning rate per 256 images; scaled by batch size / 256")
+    flag("--wd", type=number(float, 0), help="weight decay")
+    flag("--warmup-epochs", type=number(float, 0), help="linear warm-up of the learning rate")
+    flag("--seed", type=number(int, 0), default=0, help="of everything random")
+    flag("--workers", type=number(int, 0), help="loader processes of each process; default: up to 8")
+    flag("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
+    flag("--bn-groups", type=count, metavar="G", help="virtual devices of BatchNorm; 1 is SyncBN")
+    method_flags(p.add_argument_group("method").add_argument)
+    flag = p.add_argument_group("asymmetric designs").add_argument
+    for side, name in (("src", "source"), ("tgt", "target")):
+        flag(f"--multicrop-{side}", action="store_true", help=f"MultiCrop on the {name} (Sec. 4.1)")
+        flag(f"--scalemix-{side}", action="store_true", help=f"ScaleMix on the {name} (Sec. 4.2)")
+        flag(f"--aug-{side}", choices=("base", "weak", "strong"), help=f"augmentation, {name} (Sec. 4.3)")
+    flag("--asym-aug", action="store_true", help="AsymAug: --aug-tgt weak (Sec. 4.3)")
+    flag("--asym-bn", action="store_true", help="AsymBN: SyncBN in the target's projector (Sec. 4.4)")
+    flag("--sync-bn-src", action="store_true", help="SyncBN in the source's projector (Sec. 4.4)")
+    flag("--bn-scope", choices=("projector", "all"), default="projector", help="all: backbone too (fn. 4)")
+    flag("--mean-enc", type=count, default=1, metavar="N", help="MeanEnc: mean of N target views (Sec. 4.5)")
+    flag("--mean-enc-src", type=count, default=1, metavar="N", help="mean of N source views (Sec. 4.5)")
+    flag("--num-small", type=count, help="MultiCrop's small crops")
+    flag("--small-size", type=count, help="their pixels")
+    flag("--small-scale", type=share, nargs=2, metavar="S", help="their share of the area, from and to")
+    flag("--large-scale", type=share, nargs=2, metavar="S", help="large crops', if not weak, with MultiCrop")
+    flag = p.add_argument_group("run").add_argument
+    flag("--out", metavar="DIR", help="default: runs/METHOD-DATA-FLAGS; the same command again resumes")
+    flag("--overwrite", action="store_true", help="start again instead")
+    flag("--nproc", type=count, default=1, help="start that many processes on this machine (or use torchrun)")
+    flag("--knn-every", type=count, metavar="EPOCHS", help="kNN accuracy and the encodings' variances")
+    flag("--save-every", type=count, default=1, metavar="EPOCHS", help="last.pt and the backbones")
+    flag("--log-every", type=count, default=20, metavar="STEPS", help="log.jsonl and the progress line")
+    flag("--show-views", metavar="FILE.png", help="draw what source and target see, and exit")
+    flag("--dry-run", action="store_true", help="print sizes, steps and learning rate, and exit")
+    return p
+
+
+def parse_args(argv):
+    p = make_parser()
+    args = p.parse_args(argv)
+    given = {k: v for k, v in vars(args).items() if v != p.get_default(k)}
+    multicrop, sync_bn = args.multicrop_src or args.multicrop_tgt, args.asym_bn or args.sync_bn_src
+    useless = {"num_small", "small_size", "small_scale", "large_scale"} & given.keys()
+    check(multicrop or not useless, f"{dashed(useless)}: no --multicrop-src or --multicrop-tgt to act on")
+    check(sync_bn or args.bn_scope == "projector", "--bn-scope: no --asym-bn or --sync-bn-src to act on")
+    check(not args.asym_aug or args.aug_tgt in (None, "weak"), "--asym-aug is --aug-tgt weak; drop one")
+    args.aug_src, args.aug_tgt = args.aug_src or "base", args.aug_tgt or ("weak" if args.asym_aug else "base")
+    by_data = "demo" if args.data == "demo" else "small" if args.data in data.NAMES else "imagenet"
+    args.recipe, args.knn_asked = args.recipe or by_data, "knn_every" in given
+    if args.workers is None:
+        args.workers = min(8, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))))
+    for name, value in recipe(args).items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    given = {k: "_".join(map(str, v)) if isinstance(v, list) else v for k, v in given.items()}
+    parts = [k if v is True else f"{k}={v}" for k, v in given.items() if k not in MAY_DIFFER | {"data"}]
+    args.out = args.out or "-".join(["runs/" + METHOD, Path(args.data).resolve().name, *parts])
+    return args
+
+
+def check_flags(args, world):
+    """What cannot work, before any work."""
+    n, g = args.batch_size, args.bn_groups
+    check(n % world == 0, f"--batch-size {n} does not divide among {world} processes; use {near(n, world)}")
+    check(g == 1 or g % world == 0,
+          f"--bn-groups {g} does not divide among {world} processes; use {near(g, world)}, or 1 (SyncBN)")
+    check(n % g == 0, f"--batch-size {n} does not make {g} BN groups; use {near(n, math.lcm(g, world))}")
+    check(n > g, f"--batch-size {n} leaves one image in each of {g} BN groups; use {2 * g} or more")
+    check(g > 1 or not (args.asym_bn or args.sync_bn_src), "--asym-bn and --sync-bn-src change nothing with "
+          "one BN group, which is SyncBN already; add --bn-groups 8, and compare with --bn-groups 8 alone")
+    least = 8 if args.arch == "tiny" or args.img_size <= 64 else 32
+    multicrop = args.multicrop_src or args.multicrop_tgt
+    smallest = min(args.img_size, args.small_size if multicrop else args.img_size)
+    check(smallest >= least, f"views of {smallest} px are too small for {args.arch}; use {least} px or more")
+    known = [*Method.archs, *torchvision.models.list_models(torchvision.models, include="*resne*")]
+    check(args.arch in known, f"--arch {args.arch} is unknown; use one of {' '.join(known)}")
+    for low, high in (args.small_scale, args.large_scale):
+        check(0 < low <= high, f"crops of {low} to {high} of the area: give two shares, the smaller first")
+    kind, local = args.device.split(":")[0], int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))
+    check(kind in ("cpu", "cuda", "mps"), f"--device {args.device} is unknown; use cpu, cuda or mps")
+    cuda, gpus = kind == "cuda", torch.cuda.device_count()
+    check(gpus or not cuda, f"--device {args.device}: torch sees no GPU; use --device cpu")
+    check(not cuda or local <= gpus, f"{local} processes on a machine with {gpus} GPU(s); start {gpus}")
+    check(kind != "mps" or torch.backends.mps.is_available() and world == 1,
+          "--device mps: not available, or more than one process; use --device cpu")
+    check(cuda or args.amp != "fp16", f"--amp fp16 does not work on {args.device}; use --amp bf16 or off")
+    method_checks(args)
+
+
+def check(good, message):
+    if not good:
+        stop(message)
+
+
+def near(n, k):
+    """The multiples of k next to n."""
+    return " or ".join(str(k * m) for m in (n // k, n // k + 1) if m)
+
+
+def dashed(names):
+    return " ".join("--" + name.replace("_", "-") for name in sorted(names))
+
+
+def stop(message, code=2):
+    """Ends this process; the first of each node says why."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{METHOD}: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def say(message, end="\n"):
+    if rank() == 0:
+        print(message, end=end, flush=True)
+
+
+# ============================================================================== shared: training
+def global_batches(n, batch, seed, first, last):
+    """(step, rows of the global batch), first <= step < last: a permutation per epoch, its rest dropped."""
+    for step in range(first, last):
+        epoch, i = divmod(step, n // batch)
+        if step == first or i == 0:
+            order = torch.randperm(n, generator=rng(seed, "order", epoch))
+        yield step, order[i * batch : (i + 1) * batch]
+
+
+def train(args, run, model, optimizer, scaler, images, bank, queries, device):
+    plan, batch, epoch = plan_views(args), args.batch_size, len(images) // args.batch_size
+    total, warmup, net = args.epochs * epoch, args.warmup_epochs * epoch, model
+    last = min(total, args.steps or total)
+    if world_size() > 1:  # buffers are ours to synchronise; torch 2.14 renamed the switch
+        switches = inspect.signature(DistributedDataParallel.__init__).parameters
+        switch = "forward_sync_buffers" if "forward_sync_buffers" in switches else "broadcast_buffers"
+        net = DistributedDataParallel(model, **{switch: False})
+    if run.step == 0:
+        run.log({"step": 0, "epoch": 0, **measure(args, model, plan, images, bank, queries, device)})
+    batches = global_batches(len(images), batch, args.seed, run.step, last)
+    crops_of = partial(data.stream, images, planned_crops(plan))
+    stream = crops_of(batches, args.seed, rank(), world_size(), args.workers, device)
+    clock, waited, since, bad = time.time(), 0.0, run.step, 0
+    for step in range(run.step, last):
+        asked = time.time()
+        crops, unreadable = next(stream)
+        waited, bad = waited + time.time() - asked, bad + len(unreadable)
+        report(args, unreadable)
+        generator = rng(args.seed, "views", step)
+        src, tgt = make_views(plan, crops, batch, generator, images.stats)
+        factor, m = lr_factor(step, total, warmup), model.momentum(step / total)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * (1 if group.get("constant") else factor)
+        loss, spreads = net(src, tgt, m, generator)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+
+        done, ends_epoch = step + 1, (step + 1) % epoch == 0
+        logs = done <= 10 or done % args.log_every == 0 or ends_epoch or done == last
+        if logs:  # the only steps that wait for the device
+            scaler.unscale_(optimizer)
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            entry = {"step": done, "epoch": done / epoch, "loss": (all_sum(loss) / world_size()).item(),
+                     "chance": Method.chance(args), "lr": args.peak_lr * factor, "m": m,
+                     **{k: v.item() for k, v in spreads.items()},
+                     "grad_norm": torch.nn.utils.get_total_norm(grads).item(), "mem_gb": memory(device),
+                     "bad_images": all_sum(torch.tensor(bad)).item()}
+            check(math.isfinite(entry["loss"]), f"the loss of step {done} is {entry['loss']}: --lr too big? "
+                  f"fp16 (try bf16)? {run.out}/last.pt holds the last good state")
+        scaler.step(optimizer)
+        scaler.update()
+        run.step, signalled = done, run.signalled()
+        if logs:
+            seconds, clock = time.time() - clock, time.time()
+            entry |= {"img_s": (done - since) * batch / seconds, "data_frac": waited / seconds,
+                      "eta_s": (last - done) * seconds / (done - since)}
+            waited, since, bad = 0.0, done, 0
+            if min(entry["std_src"], entry["std_tgt"]) < 0.1:
+                say(f"warning: the encodings have nearly collapsed (std {entry['std_src']:.3f} and "
+                    f"{entry['std_tgt']:.3f}; healthy: near 1); is --lr too large, or the batch too small?")
+            if ends_epoch and done // epoch % args.knn_every == 0 or done == last:
+                entry |= measure(args, model, plan, images, bank, queries, device)
+                clock = time.time()
+            run.log(entry)
+        if ends_epoch and done // epoch % args.save_every == 0 or done == last or signalled:
+            run.save(model, optimizer, scaler)
+        if signalled:
+            name = signal.Signals(signalled).name
+            stop(f"{name}: saved step {done}; the same command continues", 128 + signalled)
+
+
+def report(args, unreadable):
+    for path in unreadable:
+        print(f"{METHOD}: unreadable image, replaced by the next: {path}", file=sys.stderr, flush=True)
+    if unreadable and args.strict_images:
+        stop("stopped (--strict-images); repair or remove that image")
+
+
+def memory(device):
+    """This process's peak in GB: on the GPU, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# ============================================================================== shared: kNN monitor
+BANK, QUERIES, TWICE = 10_000, 2_000, 512  # images that answer and that ask, evenly spaced; encoded twice
+
+
+@torch.no_grad()
+def measure(args, model, plan, images, bank, queries, device):
+    """v_src and v_tgt; with labels, the kNN accuracy of the source's backbone."""
+    result = variances(args, model, plan, images, device)
+    if bank is not None:
+        sync_buffers(model)
+        model.eval()
+        sets = []
+        for images, most in ((bank, BANK), (queries, QUERIES)):
+            few = images[torch.linspace(0, len(images) - 1, min(most, len(images))).long()]
+            sets.append((features(args, model.source.backbone, few, device), few.labels.to(device)))
+        result["knn"] = knn(*sets)
+        model.train()
+    return result
+
+
+def features(args, backbone, images, device):
+    """Features (len(images), c) of unit length, the images shared out among the processes."""
+    rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
+    mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in images.stats)
+    centres = data.centres(images[rows[mine()]], args.img_size, args.workers, device)
+    return gather(torch.cat([F.normalize(backbone((x - mean) / std)) for x in centres]))[: len(images)]
+
+
+def knn(bank, queries, k=200, temperature=0.1):
+    """Share of queries whose class wins the vote of the k nearest in the bank, with weights
+    exp(cosine / temperature). bank and queries: unit vectors (n, c) and labels (n,)."""
+    (keys, labels), right = bank, 0
+    for x, truth in zip(*(t.split(1000) for t in queries), strict=True):
+        cosine, row = (x @ keys.T).topk(min(k, len(keys)))
+        votes = torch.zeros(len(x), int(labels.max()) + 1, device=x.device)
+        votes.scatter_add_(1, labels[row], (cosine / temperature).exp())
+        right += (votes.argmax(1) == truth).sum().item()
+    return right / len(queries[1])
+
+
+def variances(args, model, plan, images, device):
+    """The paper's intra-image variance per dimension (Sec. 3), live: both encoders, as configured (views, BN,
+    MeanEnc), encode images twice, among other batch-mates each time. Unbiased variance of an image's unit
+    vectors, small crops included; mean over images."""
+    n = args.batch_size
+    total = min(math.ceil(TWICE / n), len(images) // n) * n
+    chosen = torch.randperm(len(images), generator=rng(args.seed, "twice"))[:total]
+    mates = [torch.randperm(total, generator=rng(args.seed, "mates", t)) for t in range(2)]
+    places = [(t, order[i : i + n]) for t, order in enumerate(mates) for i in range(0, total, n)]
+    steps = [(f"variance {i}", chosen[place]) for i, (_, place) in enumerate(places)]
+    crops_of = partial(data.stream, images, planned_crops(plan))
+    stream, seen = crops_of(steps, args.seed, rank(), world_size(), args.workers, device), {}
+    for (t, place), (name, _), (crops, _) in zip(places, steps, stream, strict=True):
+        generator = rng(args.seed, "views", name)
+        sides = make_views(plan, crops, n, generator, images.stats)
+        for v, encoder, bags in zip(("v_src", "v_tgt"), (model.source, model.target), sides, strict=True):
+            shuffle = generator if model.shuffle and encoder is model.target else None
+            z = [F.normalize(encode(encoder, bag, shuffle, track=False)) for bag in bags]
+            z = gather(torch.stack(z, 1))  # (N, views, d)
+            seen.setdefault((v, t), z.new_empty(total, *z.shape[1:]))[place.to(device)] = z
+    return {v: torch.cat([seen[v, 0], seen[v, 1]], 1).var(1).mean().item() for v in ("v_src", "v_tgt")}
+
+
+# ============================================================================== shared: checkpoint
+class Run:
+    """A run's folder: args.json, log.jsonl, last.pt, the backbones, a copy of this script. Rank 0 writes."""
+
+    def __init__(self, args, about):
+        self.out, self.step, self.signal = Path(args.out), 0, 0
+        self.about = json.loads(json.dumps(about))  # tuples become lists, as they do in the file
+
+    def open(self, args, model, optimizer, scaler):
+        """Continues the run that is there, if its arguments are these; starts one if none is there."""
+        ours, last, log = (self.out / name for name in ("args.json", "last.pt", "log.jsonl"))
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+            if rank() == 0 and args.overwrite and not restarted:
+                for path in (ours, last, log):
+                    path.unlink(missing_ok=True)
+            all_sum(torch.zeros(1))  # wait for rank 0
+            old = json.loads(ours.read_text()) if ours.exists() else self.about
+            state = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else None
+            found = FORMAT if state is None else state["format"]
+            pairs = [(k, old[k], self.about[k]) for k in ("method", "images", "mean", "std")]
+            for k in sorted(self.about["args"].keys() - MAY_DIFFER):
+                pairs.append((dashed([k]), old["args"].get(k), self.about["args"][k]))
+            self.step = state["step"] if state else 0
+            seen = gather(torch.tensor([[self.step, self.about["images"]]])).unique(dim=0)  # waits for all
+        except Exception as e:  # a truncated or foreign file raises nearly anything
+            stop(f"--out {self.out} cannot be used ({type(e).__name__}: {e}); use another, or --overwrite")
+        check(found == FORMAT, f"{last} has format {found}, not {FORMAT}; use the version that wrote it")
+        check(len(seen) == 1, f"the processes find different runs or data, (step, images): {seen.tolist()}; "
+              "--out and --data must be folders that all nodes share")
+        differ = ", ".join(f"{k} {a} there, {b} here" for k, a, b in pairs if a != b)
+        check(not differ, f"--out {self.out} holds another run ({differ}); use another, or --overwrite")
+        if state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"] and scaler.is_enabled():  # fp16 may have been switched off or on by --device
+                scaler.load_state_dict(state["scaler"])
+        if rank() == 0:
+            lines = log.read_text().splitlines() if state and log.exists() else []
+            lines = [x for x in lines if x.endswith("}") and json.loads(x).get("step", 0) <= self.step]
+            lines = lines or [json.dumps({"command": sys.argv, **self.about})]
+            self.write(log, lambda path: path.write_text("\n".join(lines) + "\n"))
+            self.write(ours, lambda path: path.write_text(json.dumps(self.about, indent=1)))
+            if Path(__file__).resolve().parent != self.out.resolve():
+                shutil.copy(__file__, self.out)
+
+    def save(self, model, optimizer, scaler):
+        sync_buffers(model)
+        check(all(x.isfinite().all() for x in model.state_dict().values()), f"the weights are not finite at "
+              f"step {self.step}: --lr too large? {self.out}/last.pt holds the last good state")
+        if rank() == 0:
+            state = {"format": FORMAT, **self.about, "step": self.step, "model": model.state_dict(),
+                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            backbone, target = ({k: v.cpu() for k, v in encoder.backbone.state_dict().items()}
+                                for encoder in (model.source, model.target))
+            files = {"last.pt": state, "backbone.pth": backbone, "backbone_target.pth": target}
+            for name, what in files.items():
+                self.write(self.out / name, lambda path, what=what: torch.save(what, path))
+        all_sum(torch.zeros(1))  # a launcher ends all processes when the first has gone
+
+    def write(self, path, how):
+        """Writes aside, then renames: a reader finds the old file or the new one, never a part of it."""
+        aside = path.with_name(path.name + ".tmp")
+        try:
+            how(aside)
+            os.replace(aside, path)
+        except (OSError, RuntimeError) as e:
+            aside.unlink(missing_ok=True)
+            stop(f"cannot write {path} ({e}); make room, or use another --out. The old file is intact", 1)
+
+    def log(self, entry):
+        """A line to log.jsonl, and one to the terminal, where it is updated in place."""
+        text = "epoch {epoch:.2f}  step {step}".format(**entry)
+        if "loss" in entry:
+            text += "  loss {loss:.3f} / chance {chance:.3f}  std {std_src:.2f} {std_tgt:.2f}".format(**entry)
+            text += "  {img_s:.0f} img/s  eta ".format(**entry)
+            text += time.strftime("%H:%M:%S", time.gmtime(entry["eta_s"]))
+        if "v_src" in entry:
+            text += "\n  v_src {v_src:.2e}  v_tgt {v_tgt:.2e}".format(**entry)
+            text += f"  v_tgt/v_src {entry['v_tgt'] / max(entry['v_src'], 1e-12):.2f}"
+            text += f"  kNN {entry['knn']:.3f}" if "knn" in entry else ""
+        if rank() == 0:
+            try:
+                with open(self.out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(entry) + "\n")
+            except OSError as e:
+                stop(f"cannot write {self.out}/log.jsonl ({e}); make room. last.pt is intact", 1)
+        screen = sys.stdout.isatty()
+        say(f"\r{text:100s}" if screen else text, end="" if screen and "v_src" not in entry else "\n")
+
+    def signalled(self):
+        """The number of a signal that any process has had, else 0: all stop after the same step."""
+        if world_size() > 1:
+            dist.all_reduce(number := torch.tensor(self.signal), dist.ReduceOp.MAX)
+            return number.item()
+        return self.signal
+
+
+# ============================================================================== shared: launch
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def spawn(argv, nproc):
+    """--nproc: what torchrun --nproc_per_node does, without its restarts."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.start_processes(child, (argv, nproc, port), nproc, join=False)
+
+    def pass_on(number, frame):  # the children save and exit; this process waits for them
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessExitedException as e:
+        raise SystemExit(e.exit_code if e.exit_code > 0 else 128 - e.exit_code) from None
+
+
+def child(index, argv, nproc, port):
+    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(nproc), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    torch.set_num_threads(max(1, CORES // nproc))
+    try:
+        work(parse_args(argv))
+    except KeyboardInterrupt:  # before work() listens to signals
+        raise SystemExit(130) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_processes(args):
+    """Joins the processes of a launcher, if there is one; returns this process's device."""
+    device = torch.device(args.device)
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+# ============================================================================== shared: main
+def work(args):
+    """All that one process does."""
+    device, flags = join_processes(args), {k: v for k, v in vars(args).items() if k != "knn_asked"}
+    try:
+        if args.download and rank() == 0:  # alone, and before the others look
+            data.load(args.data, args.data_root, download=True)
+        all_sum(torch.zeros(1))
+        images, bank, queries = data.load(args.data, args.data_root)
+    except data.DataError as e:
+        stop(e)
+    if not augmentations(args)[0].normalize:
+        for split in (images, bank, queries):
+            if split is not None:
+                split.stats = data.RAW
+    report(args, images.bad if rank() == 0 or args.strict_images else ())
+    n, batch, groups, world = len(images), args.batch_size, args.bn_groups, world_size()
+    most = n // math.lcm(groups, world) * math.lcm(groups, world)
+    check(batch <= n, f"--batch-size {batch} is more than the {n} images; "
+          + (f"use {most} or less" if most > groups else "use more images, or fewer --bn-groups"))
+    check(args.warmup_epochs < args.epochs, f"--warmup-epochs {args.warmup_epochs} is no less than --epochs")
+    check(bank is not None or not args.knn_asked, f"--knn-every: {args.data} has no labels; leave it out")
+    method_checks(args, n)
+    amp, args.peak_lr = args.amp, args.lr * batch / 256
+    if amp == "auto":
+        amp = "off"
+    if args.amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    torch.manual_seed(args.seed)
+    model = Method(args).to(device)
+    optimizer = Method.optimizer(args, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def size(tensors):
+        return sum(t.numel() for t in tensors) / 1e6
+
+    backbone, heads, steps = size(model.source.backbone.parameters()), size(model.parameters()), n // batch
+    say(f"{METHOD}, {args.recipe} recipe: {args.data}, {n} images, {len(images.classes) or 'no'} classes\n"
+        f"  {args.arch}, {backbone:.2f} M parameters; both encoders with heads {heads:.2f} M; buffers "
+        f"{4 * size(model.buffers()):.2f} MB; {device}, autocast {amp}, seed {args.seed}\n"
+        f"  {args.epochs} epochs of {steps} steps, {args.epochs * steps} in all; batch {batch} = {world} x "
+        f"{batch // world} in {groups} BN group(s); lr {args.lr} x {batch}/256 = {args.peak_lr:.4g}\n"
+        f"  loss at chance level {Method.chance(args):.3f}; output: {args.out}")
+    if args.show_views and rank() == 0:
+        show_views(args, plan_views(args), images)
+    if args.show_views or args.dry_run:
+        return
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    run = Run(args, {"method": METHOD, "args": flags, "mean": images.stats[0], "std": images.stats[1],
+                     "images": n, "chance": Method.chance(args), "versions": versions})
+    run.open(args, model, optimizer, scaler)
+    if run.step:
+        more = run.step < min(args.epochs * steps, args.steps or math.inf)
+        say(f"  resuming at step {run.step}" if more else "  complete; --overwrite repeats it")
+    before = {s: signal.signal(s, lambda number, frame: setattr(run, "signal", number)) for s in SIGNALS}
+    try:
+        train(args, run, model, optimizer, scaler, images, bank, queries, device)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other; drop one")
+    check_flags(args, int(os.environ.get("WORLD_SIZE", args.nproc)))
+    if args.nproc > 1:
+        return spawn(argv, args.nproc)
+    try:
+        work(args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
