@@ -21,7 +21,10 @@ from common import data
 from common.augment import rng
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"mocov2_asym": "--queue 40 --hidden 32 --dim 16"}  # the six, and what makes each one small
+SCRIPTS = {  # the six, and what makes each one small
+    "mocov2_asym": "--queue 40 --hidden 32 --dim 16", "mocov3_asym": "--hidden 32 --dim 16",
+    "simclr_asym": "--hidden 32 --dim 16", "byol_asym": "--hidden 32 --dim 16", "simsiam_asym": "--layers 2 --hidden 8 --dim 16",
+    "barlow_asym": "--layers 2 --hidden 32 --dim 16"}
 SMALL = "--recipe small --arch tiny --img-size 16 --small-size 8 --batch-size 16 --bn-groups 8 --workers 0"
 TIMINGS = {"img_s", "data_frac", "mem_gb", "eta_s"}  # the keys of a log line that two runs need not share
 
