@@ -62,7 +62,7 @@ RECIPES = {
         bn_groups=1, ema=0.99, temperature=0.2, hidden=2048, dim=256, knn_every=10,
         num_small=6, small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
     "demo": dict(
-        arch="tiny", img_size=32, epochs=8, batch_size=64, lr=8.0, wd=1e-6, warmup_epochs=1,
+        arch="tiny", img_size=32, epochs=8, batch_size=64, lr=24.0, wd=1e-6, warmup_epochs=1,
         bn_groups=1, ema=0.97, temperature=0.2, hidden=256, dim=128, knn_every=4,
         num_small=2, small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
 }
@@ -425,8 +425,9 @@ def over_crops(loss, q, k):
 def spread(z):
     """Standard deviation per channel of unit vectors z (n, d) over the global batch, times sqrt(d): near 1 if
     they fill the sphere, 0 if they have collapsed."""
-    z = gather(z.detach())
-    return z.std(0).mean() * z.shape[1] ** 0.5
+    n, z = len(z) * world_size(), z.detach()
+    centred = z - all_sum(z.sum(0)) / n
+    return (all_sum(centred.square().sum(0)) / (n - 1)).sqrt().mean() * z.shape[1] ** 0.5
 
 
 # ============================================================================== shared: the original methods

@@ -336,8 +336,9 @@ def over_crops(loss, q, k):
 def spread(z):
     """Standard deviation per channel of unit vectors z (n, d) over the global batch, times sqrt(d): near 1 if
     they fill the sphere, 0 if they have collapsed."""
-    z = gather(z.detach())
-    return z.std(0).mean() * z.shape[1] ** 0.5
+    n, z = len(z) * world_size(), z.detach()
+    centred = z - all_sum(z.sum(0)) / n
+    return (all_sum(centred.square().sum(0)) / (n - 1)).sqrt().mean() * z.shape[1] ** 0.5
 
 
 # ============================================================================== shared: the original methods

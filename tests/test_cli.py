@@ -16,7 +16,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 ROOT = sync.ROOT
 SCRIPTS = [p.stem for p in sync.scripts()]
-TINY = ("--data {data} --recipe small --arch tiny --batch-size 16 --epochs 2 --workers 0 --device cpu").split()
+TINY = ("--data {data} --recipe small --arch tiny --batch-size 16 --epochs 2 --warmup-epochs 0 --workers 0 "
+        "--device cpu").split()
 
 
 @pytest.fixture(scope="session")
