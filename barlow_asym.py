@@ -89,6 +89,7 @@ def method_flags(flag):
 def method_checks(args, images=None):
     """What cannot work, before any work; and again when the number of images is known."""
     check_original(args)
+    check(not (args.symmetrize and args.swap_aug), "--symmetrize has no sides to swap; drop --swap-aug")
 
 
 def augmentations(args):
@@ -118,7 +119,9 @@ class BarlowTwins(nn.Module):
             return Encoder(backbone, projector(args, width, synced if sync else grouped), args.autocast)
 
         def standardize(sync):  # the loss's BN: the projector's last, which has to follow MeanEnc's mean
-            return (synced if sync else grouped)(args.dim, affine=False)
+            bn = (synced if sync else grouped)(args.dim, affine=False)
+            bn.track = False  # nothing uses its running statistics
+            return bn
 
         self.source = self.target = encoder(args.sync_bn_src)
         self.standardize_src, self.standardize_tgt = standardize(args.sync_bn_src), standardize(args.asym_bn)
@@ -128,7 +131,7 @@ class BarlowTwins(nn.Module):
             self.target.requires_grad_(False)
 
     def momentum(self, progress):
-        """m at this share of the training: none, the target is a clone."""
+        """m at this share of the training: 0; each step begins by cloning the source."""
         return 0.0
 
     def forward(self, src, tgt, m, generator):
@@ -153,8 +156,9 @@ class BarlowTwins(nn.Module):
 
     @staticmethod
     def chance(args):
-        """The loss of independent encodings: c is then 0 but for its sampling error, 1/N in the square."""
-        d, n = args.dim, args.batch_size
+        """The loss of independent encodings: c is then 0 but for its sampling error, 1/n in the square, where
+        n is the batch less one image for each group's mean (about so if one side only is in groups)."""
+        d, n = args.dim, args.batch_size - args.bn_groups
         return (2 if args.multicrop_src else 1) * (d * (1 + 1 / n) + args.lambd * d * (d - 1) / n)
 
     @staticmethod
@@ -352,12 +356,13 @@ def spread(z):
 # ============================================================================== shared: the original methods
 DESIGNS_OFF = dict(
     multicrop_src=False, multicrop_tgt=False, scalemix_src=False, scalemix_tgt=False, aug_src="base",
-    aug_tgt="base", asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
+    aug_tgt="base", asym_aug=False, asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
 
 
 def check_original(args):
     """--symmetrize is the method as it was before the paper: views swap sides, so no side has a design."""
-    given = [name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off]
+    given = {name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off}
+    given -= {"aug_tgt"} if args.asym_aug else set()
     check(not (args.symmetrize and given),
           f"--symmetrize is the original method, without designs; drop it, or {dashed(given)}")
 
@@ -925,7 +930,7 @@ def work(args):
 
     backbone, heads, steps = size(model.source.backbone.parameters()), size(model.parameters()), n // batch
     say(f"{METHOD}, {args.recipe} recipe: {args.data}, {n} images, {len(images.classes) or 'no'} classes\n"
-        f"  {args.arch}, {backbone:.2f} M parameters; both encoders with heads {heads:.2f} M; buffers "
+        f"  {args.arch}, {backbone:.2f} M parameters; all encoders and heads {heads:.2f} M; buffers "
         f"{4 * size(model.buffers()):.2f} MB; {device}, autocast {amp}, seed {args.seed}\n"
         f"  {args.epochs} epochs of {steps} steps, {args.epochs * steps} in all; batch {batch} = {world} x "
         f"{batch // world} in {groups} BN group(s); lr {args.lr} x {batch}/256 = {args.peak_lr:.4g}\n"

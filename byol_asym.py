@@ -84,6 +84,7 @@ def method_flags(flag):
 def method_checks(args, images=None):
     """What cannot work, before any work; and again when the number of images is known."""
     check_original(args)
+    check(not (args.symmetrize and args.swap_aug), "--symmetrize has no sides to swap; drop --swap-aug")
 
 
 def augmentations(args):
@@ -115,7 +116,7 @@ class BYOL(nn.Module):
         self.source, self.target = encoder(args.sync_bn_src), encoder(args.asym_bn)
         self.target.load_state_dict(self.source.state_dict())
         self.target.requires_grad_(False)
-        self.predictor = predictor(args, grouped)
+        self.predictor = predictor(args, grouped)  # small beside a backbone: it stays in float32
 
     def momentum(self, progress):
         """m at this share of the training: from its start to 1 by a cosine."""
@@ -348,12 +349,13 @@ def spread(z):
 # ============================================================================== shared: the original methods
 DESIGNS_OFF = dict(
     multicrop_src=False, multicrop_tgt=False, scalemix_src=False, scalemix_tgt=False, aug_src="base",
-    aug_tgt="base", asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
+    aug_tgt="base", asym_aug=False, asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
 
 
 def check_original(args):
     """--symmetrize is the method as it was before the paper: views swap sides, so no side has a design."""
-    given = [name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off]
+    given = {name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off}
+    given -= {"aug_tgt"} if args.asym_aug else set()
     check(not (args.symmetrize and given),
           f"--symmetrize is the original method, without designs; drop it, or {dashed(given)}")
 
@@ -921,7 +923,7 @@ def work(args):
 
     backbone, heads, steps = size(model.source.backbone.parameters()), size(model.parameters()), n // batch
     say(f"{METHOD}, {args.recipe} recipe: {args.data}, {n} images, {len(images.classes) or 'no'} classes\n"
-        f"  {args.arch}, {backbone:.2f} M parameters; both encoders with heads {heads:.2f} M; buffers "
+        f"  {args.arch}, {backbone:.2f} M parameters; all encoders and heads {heads:.2f} M; buffers "
         f"{4 * size(model.buffers()):.2f} MB; {device}, autocast {amp}, seed {args.seed}\n"
         f"  {args.epochs} epochs of {steps} steps, {args.epochs * steps} in all; batch {batch} = {world} x "
         f"{batch // world} in {groups} BN group(s); lr {args.lr} x {batch}/256 = {args.peak_lr:.4g}\n"

@@ -899,7 +899,7 @@ def work(args):
 
     backbone, heads, steps = size(model.source.backbone.parameters()), size(model.parameters()), n // batch
     say(f"{METHOD}, {args.recipe} recipe: {args.data}, {n} images, {len(images.classes) or 'no'} classes\n"
-        f"  {args.arch}, {backbone:.2f} M parameters; both encoders with heads {heads:.2f} M; buffers "
+        f"  {args.arch}, {backbone:.2f} M parameters; all encoders and heads {heads:.2f} M; buffers "
         f"{4 * size(model.buffers()):.2f} MB; {device}, autocast {amp}, seed {args.seed}\n"
         f"  {args.epochs} epochs of {steps} steps, {args.epochs * steps} in all; batch {batch} = {world} x "
         f"{batch // world} in {groups} BN group(s); lr {args.lr} x {batch}/256 = {args.peak_lr:.4g}\n"

@@ -1,7 +1,8 @@
 """MoCo v3 with asymmetric designs, in one file: ResNets and ViTs.
 
 Wang, Fan, Tian, Kihara, Chen: On the Importance of Asymmetry for Siamese Representation Learning, CVPR 2022.
-Chen, Xie, He: An Empirical Study of Training Self-Supervised Vision Transformers, ICCV 2021.
+Chen, Xie, He: An Empirical Study of Training Self-Supervised Vision Transformers, ICCV 2021,
+arXiv:2104.02057.
 
 The source encoder f_s learns by gradient; the target encoder f_t follows it and judges it. For images x:
 
@@ -86,6 +87,7 @@ def method_flags(flag):
 def method_checks(args, images=None):
     """What cannot work, before any work; and again when the number of images is known."""
     check_original(args)
+    check(not (args.symmetrize and args.swap_aug), "--symmetrize has no sides to swap; drop --swap-aug")
     vit_checks(args)
 
 
@@ -120,7 +122,7 @@ class MoCoV3(nn.Module):
         self.source, self.target = encoder(args.sync_bn_src), encoder(args.asym_bn)
         self.target.load_state_dict(self.source.state_dict())
         self.target.requires_grad_(False)
-        self.predictor = predictor(args, grouped)
+        self.predictor = predictor(args, grouped)  # small beside a backbone: it stays in float32
 
     def momentum(self, progress):
         """m at this share of the training: from its start to 1 by a cosine."""
@@ -184,9 +186,9 @@ Method = MoCoV3
 # Patch size, blocks, width, heads: small and base are MoCo v3's, tiny is our choice, for images of 32 px.
 VITS = {"vit_tiny": (4, 12, 192, 3), "vit_small": (16, 12, 384, 12), "vit_base": (16, 12, 768, 12)}
 VIT_RECIPES = {  # what differs from RECIPES
-    "imagenet": dict(arch="vit_small", lr=1.5e-4, wd=0.1, warmup_epochs=40, temperature=0.2),
-    "small": dict(arch="vit_tiny", lr=1.5e-4, wd=0.1, warmup_epochs=40),
-    "demo": dict(arch="vit_tiny", lr=2e-3, wd=0.1, warmup_epochs=1),
+    "imagenet": dict(lr=1.5e-4, wd=0.1, warmup_epochs=40, temperature=0.2),
+    "small": dict(lr=1.5e-4, wd=0.1, warmup_epochs=40),
+    "demo": dict(lr=2e-3, wd=0.1, warmup_epochs=1),
 }
 
 
@@ -201,6 +203,7 @@ def vit_flags(flag):
 
 def vit_checks(args):
     check(is_vit(args) or args.stop_grad_conv1, f"--no-stop-grad-conv1 is about ViTs, not --arch {args.arch}")
+    check(not is_vit(args) or args.bn_scope == "projector", "a ViT has BN in its heads only; drop --bn-scope")
     if is_vit(args):
         patch, multicrop = VITS[args.arch][0], args.multicrop_src or args.multicrop_tgt
         for name in ["img_size"] + ["small_size"] * multicrop:
@@ -215,9 +218,11 @@ class ViT(torchvision.models.VisionTransformer):
 
     def forward(self, x):
         x = self.conv_proj(x)  # (n, d, grid, grid)
-        positions = self.encoder.pos_embedding
-        if x.shape[3] != (full := self.image_size // self.patch_size):  # MultiCrop's small crops
-            positions = sincos(x.shape[3], full, x.shape[1]).to(positions)
+        grid, full, positions = x.shape[3], self.image_size // self.patch_size, self.encoder.pos_embedding
+        if grid != full:  # MultiCrop's small crops
+            if grid not in self.small_positions:
+                self.small_positions[grid] = sincos(grid, full, x.shape[1]).to(positions)
+            positions = self.small_positions[grid]
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
         return self.encoder.ln(self.encoder.layers(x + positions))[:, 0]
 
@@ -239,7 +244,7 @@ def build_vit(args):
     net = ViT(args.img_size, patch, blocks, heads, dim, 4 * dim, norm_layer=norm)
     del net.encoder.pos_embedding  # a parameter there
     net.encoder.register_buffer("pos_embedding", sincos(args.img_size // patch, args.img_size // patch, dim))
-    net.heads = nn.Identity()
+    net.heads, net.small_positions = nn.Identity(), {}
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
@@ -433,12 +438,13 @@ def spread(z):
 # ============================================================================== shared: the original methods
 DESIGNS_OFF = dict(
     multicrop_src=False, multicrop_tgt=False, scalemix_src=False, scalemix_tgt=False, aug_src="base",
-    aug_tgt="base", asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
+    aug_tgt="base", asym_aug=False, asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
 
 
 def check_original(args):
     """--symmetrize is the method as it was before the paper: views swap sides, so no side has a design."""
-    given = [name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off]
+    given = {name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off}
+    given -= {"aug_tgt"} if args.asym_aug else set()
     check(not (args.symmetrize and given),
           f"--symmetrize is the original method, without designs; drop it, or {dashed(given)}")
 
@@ -1006,7 +1012,7 @@ def work(args):
 
     backbone, heads, steps = size(model.source.backbone.parameters()), size(model.parameters()), n // batch
     say(f"{METHOD}, {args.recipe} recipe: {args.data}, {n} images, {len(images.classes) or 'no'} classes\n"
-        f"  {args.arch}, {backbone:.2f} M parameters; both encoders with heads {heads:.2f} M; buffers "
+        f"  {args.arch}, {backbone:.2f} M parameters; all encoders and heads {heads:.2f} M; buffers "
         f"{4 * size(model.buffers()):.2f} MB; {device}, autocast {amp}, seed {args.seed}\n"
         f"  {args.epochs} epochs of {steps} steps, {args.epochs * steps} in all; batch {batch} = {world} x "
         f"{batch // world} in {groups} BN group(s); lr {args.lr} x {batch}/256 = {args.peak_lr:.4g}\n"

@@ -52,7 +52,7 @@ from common.augment import rng
 # ============================================================================== method: recipes and flags
 from common.lars import LARS
 
-# imagenet is the original's, for 100 epochs, with the decay of its paper. small and demo are our choice.
+# imagenet is the original's for 100 epochs, with its paper's decay. small and demo are our choice.
 RECIPES = {
     "imagenet": dict(
         arch="resnet50", img_size=224, epochs=100, batch_size=4096, lr=0.3, wd=1e-6, warmup_epochs=10,
@@ -75,7 +75,7 @@ def recipe(args):
 
 
 def method_flags(flag):
-    flag("--temperature", type=number(float, 1e-3), metavar="TAU", help="temperature of the loss")
+    flag("--temperature", type=number(float, 1e-3), metavar="TAU", help="temperature of InfoNCE")
     flag("--layers", type=number(int, 2), help="linear layers of the projector")
     flag("--hidden", type=count, help="width of the projector's hidden layers")
     flag("--dim", type=count, help="dimension of the encodings")
@@ -88,6 +88,8 @@ def method_checks(args, images=None):
     check_original(args)
     check(not args.symmetrize or args.negatives == "targets",
           "--symmetrize has the negatives of both views already; drop --negatives")
+    check(not args.symmetrize or args.bn_groups == 1, "--symmetrize has both views in one batch, where BN's "
+          "groups would tell which belong together; drop --bn-groups")
 
 
 def augmentations(args):
@@ -124,7 +126,7 @@ class SimCLR(nn.Module):
             self.target.requires_grad_(False)
 
     def momentum(self, progress):
-        """m at this share of the training: none, the target is a clone."""
+        """m at this share of the training: 0; each step begins by cloning the source."""
         return 0.0
 
     def forward(self, src, tgt, m, generator):
@@ -140,10 +142,10 @@ class SimCLR(nn.Module):
         z = [F.normalize(encode(self.source, bag, track=i == 0)) for i, bag in enumerate(src)]  # each (n, d)
         with torch.no_grad():
             k = [F.normalize(encode(self.target, bag, generator, track=i == 0)) for i, bag in enumerate(tgt)]
-        loss = over_crops(self.nt_xent, z, [gather(x) for x in k])
+        loss = over_crops(self.info_nce, z, [gather(x) for x in k])
         return loss, {"std_src": spread(z[0]), "std_tgt": spread(k[0])}
 
-    def nt_xent(self, z, keys):
+    def info_nce(self, z, keys):
         """Cross-entropy of an image's own key. Unit vectors z (n, d), the batch's keys (N, d). Negatives: the
         other images' keys and, if the sources count too, their z, with gradient in both places."""
         own = torch.arange(len(keys), device=z.device)[mine()]
@@ -156,7 +158,7 @@ class SimCLR(nn.Module):
     def original(self, a, b):
         """The symmetric loss: both views in one batch of 2 N, each the other's keys; the sum of two means."""
         za, zb = F.normalize(encode(self.source, [torch.cat([a, b])])).chunk(2)
-        loss = self.nt_xent(za, gather_with_gradient(zb)) + self.nt_xent(zb, gather_with_gradient(za))
+        loss = self.info_nce(za, gather_with_gradient(zb)) + self.info_nce(zb, gather_with_gradient(za))
         return loss, {"std_src": spread(za), "std_tgt": spread(zb)}
 
     @staticmethod
@@ -367,12 +369,13 @@ def spread(z):
 # ============================================================================== shared: the original methods
 DESIGNS_OFF = dict(
     multicrop_src=False, multicrop_tgt=False, scalemix_src=False, scalemix_tgt=False, aug_src="base",
-    aug_tgt="base", asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
+    aug_tgt="base", asym_aug=False, asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
 
 
 def check_original(args):
     """--symmetrize is the method as it was before the paper: views swap sides, so no side has a design."""
-    given = [name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off]
+    given = {name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off}
+    given -= {"aug_tgt"} if args.asym_aug else set()
     check(not (args.symmetrize and given),
           f"--symmetrize is the original method, without designs; drop it, or {dashed(given)}")
 
@@ -940,7 +943,7 @@ def work(args):
 
     backbone, heads, steps = size(model.source.backbone.parameters()), size(model.parameters()), n // batch
     say(f"{METHOD}, {args.recipe} recipe: {args.data}, {n} images, {len(images.classes) or 'no'} classes\n"
-        f"  {args.arch}, {backbone:.2f} M parameters; both encoders with heads {heads:.2f} M; buffers "
+        f"  {args.arch}, {backbone:.2f} M parameters; all encoders and heads {heads:.2f} M; buffers "
         f"{4 * size(model.buffers()):.2f} MB; {device}, autocast {amp}, seed {args.seed}\n"
         f"  {args.epochs} epochs of {steps} steps, {args.epochs * steps} in all; batch {batch} = {world} x "
         f"{batch // world} in {groups} BN group(s); lr {args.lr} x {batch}/256 = {args.peak_lr:.4g}\n"

@@ -49,7 +49,7 @@ from common import augment, data
 from common.augment import rng
 
 # ============================================================================== method: recipes and flags
-# imagenet and small, which has a projector of two layers, are the original's. demo is our choice.
+# imagenet is the original's; small too, but for its 200 epochs instead of 800. demo is our choice.
 RECIPES = {
     "imagenet": dict(
         arch="resnet50", img_size=224, epochs=100, batch_size=512, lr=0.05, wd=1e-4, warmup_epochs=0,
@@ -109,10 +109,10 @@ class SimSiam(nn.Module):
         self.source, self.target = encoder(args.sync_bn_src), encoder(args.asym_bn)
         self.target.load_state_dict(self.source.state_dict())
         self.target.requires_grad_(False)
-        self.predictor = predictor(args, grouped)
+        self.predictor = predictor(args, grouped)  # small beside a backbone: it stays in float32
 
     def momentum(self, progress):
-        """m at this share of the training: none, the target is a clone."""
+        """m at this share of the training: 0; each step begins by cloning the source."""
         return 0.0
 
     def forward(self, src, tgt, m, generator):
@@ -147,7 +147,7 @@ class SimSiam(nn.Module):
     @staticmethod
     def optimizer(args, model):
         """SGD with decay on everything. peak: the learning rate that the schedule scales; the predictor's is
-        constant, since it has to keep up with the latest encodings."""
+        constant from the first step on, since it has to keep up with the latest encodings."""
         groups = [{"params": list(model.source.parameters()), "peak": args.peak_lr},
                   {"params": list(model.predictor.parameters()), "peak": args.peak_lr, "constant": True}]
         return torch.optim.SGD(groups, lr=args.peak_lr, momentum=0.9, weight_decay=args.wd)
@@ -344,12 +344,13 @@ def spread(z):
 # ============================================================================== shared: the original methods
 DESIGNS_OFF = dict(
     multicrop_src=False, multicrop_tgt=False, scalemix_src=False, scalemix_tgt=False, aug_src="base",
-    aug_tgt="base", asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
+    aug_tgt="base", asym_aug=False, asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
 
 
 def check_original(args):
     """--symmetrize is the method as it was before the paper: views swap sides, so no side has a design."""
-    given = [name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off]
+    given = {name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off}
+    given -= {"aug_tgt"} if args.asym_aug else set()
     check(not (args.symmetrize and given),
           f"--symmetrize is the original method, without designs; drop it, or {dashed(given)}")
 
@@ -917,7 +918,7 @@ def work(args):
 
     backbone, heads, steps = size(model.source.backbone.parameters()), size(model.parameters()), n // batch
     say(f"{METHOD}, {args.recipe} recipe: {args.data}, {n} images, {len(images.classes) or 'no'} classes\n"
-        f"  {args.arch}, {backbone:.2f} M parameters; both encoders with heads {heads:.2f} M; buffers "
+        f"  {args.arch}, {backbone:.2f} M parameters; all encoders and heads {heads:.2f} M; buffers "
         f"{4 * size(model.buffers()):.2f} MB; {device}, autocast {amp}, seed {args.seed}\n"
         f"  {args.epochs} epochs of {steps} steps, {args.epochs * steps} in all; batch {batch} = {world} x "
         f"{batch // world} in {groups} BN group(s); lr {args.lr} x {batch}/256 = {args.peak_lr:.4g}\n"

@@ -10,7 +10,8 @@ class LARS(torch.optim.Optimizer):
         v = momentum v + q d;      p = p - lr v
 
     Tensors of at most one dimension (biases, scales and shifts of BN) have neither decay nor q: d = g, q = 1.
-    adapt_1d=True treats them as weights, as apex's LARC did in the linear probes of SimSiam and of the paper.
+    adapt_1d=True treats them as weights, as apex's LARC in the linear probes of SimSiam and of the paper did
+    (with its other rule of decay, of which those probes had none).
     classic=True is SimCLR's momentum: v = momentum v + lr q d; p = p - v."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0, trust=0.001, adapt_1d=False, classic=False):

@@ -1,13 +1,13 @@
 """MoCo v3, SimCLR, BYOL, SimSiam, Barlow Twins: losses, originals, heads, target, optimiser. Against plain loops."""
 
-import importlib
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pool import build, close, small_args, views_of
+from pool import build, class_tree, close, small_args, views_of
 from torch import nn
 
 import barlow_asym
@@ -15,7 +15,7 @@ import byol_asym
 import mocov3_asym
 import simclr_asym
 import simsiam_asym
-from common import augment
+from common import data
 from common.augment import rng
 from common.lars import LARS
 
@@ -97,9 +97,9 @@ def test_mocov3s_loss(tau):
 def test_simclrs_loss(tau):
     z, keys = units(9, 16, 1), units(9, 16, 2)
     _, model = model_of(simclr_asym, f"--temperature {tau}")
-    assert model.nt_xent(z, keys).item() == pytest.approx(naive_info_nce(z, keys, tau), rel=1e-5)
+    assert model.info_nce(z, keys).item() == pytest.approx(naive_info_nce(z, keys, tau), rel=1e-5)
     _, model = model_of(simclr_asym, f"--temperature {tau} --negatives all")
-    assert model.nt_xent(z, keys).item() == pytest.approx(naive_nt_xent(z, keys, tau), rel=1e-5)
+    assert model.info_nce(z, keys).item() == pytest.approx(naive_nt_xent(z, keys, tau), rel=1e-5)
 
 
 def test_byols_and_simsiams_loss():
@@ -128,7 +128,7 @@ def test_chance_is_the_loss_of_encodings_that_tell_nothing():
         assert mocov3_asym.MoCoV3.chance(args) == pytest.approx(terms * model.info_nce(alike, alike).item(), rel=1e-5)
         for more in ("", " --negatives all") if flags != "--symmetrize" else ("",):
             args, model = model_of(simclr_asym, flags + more)
-            loss = terms * model.nt_xent(alike, alike).item()
+            loss = terms * model.info_nce(alike, alike).item()
             assert simclr_asym.SimCLR.chance(args) == pytest.approx(loss, rel=1e-5)
         args, model = model_of(byol_asym, flags)  # independent directions: cosines of mean 0
         mean = np.mean([model.distance(rows(2 * i), rows(2 * i + 1)).item() for i in range(200)])
@@ -136,12 +136,27 @@ def test_chance_is_the_loss_of_encodings_that_tell_nothing():
         args, model = model_of(simsiam_asym, flags)
         assert simsiam_asym.SimSiam.chance(args) == pytest.approx(
             np.mean([model.distance(rows(2 * i), rows(2 * i + 1)).item() for i in range(200)]), abs=0.02)
-    for flags, terms in (("", 1), ("--multicrop-src --num-small 2", 2), ("--symmetrize", 1)):
-        args, model = model_of(barlow_asym, f"{flags} --bn-groups 1")
+    for flags, terms in (("--bn-groups 1", 1), ("--bn-groups 1 --lambd 1", 1), ("--bn-groups 4 --lambd 1", 1),
+                         ("--bn-groups 1 --multicrop-src --num-small 2", 2), ("--bn-groups 1 --symmetrize", 1)):
+        args, model = model_of(barlow_asym, flags)
         noise = lambda seed: torch.randn(16, 16, generator=rng(seed))
         mean = np.mean([model.redundancy(model.standardize_src(noise(2 * i)), model.standardize_tgt(noise(2 * i + 1))).item()
                         for i in range(400)])
-        assert barlow_asym.BarlowTwins.chance(args) == pytest.approx(terms * mean, rel=0.1)  # of a sample mean: n - 1
+        assert barlow_asym.BarlowTwins.chance(args) == pytest.approx(terms * mean, rel=0.01)
+
+
+@pytest.mark.parametrize("flags", ["--multicrop-src", "--multicrop-tgt"])
+def test_multicrops_weights(script, flags):
+    """By hand: on the source the large crop's loss plus the mean of the small ones'; on the target the mean of the two."""
+    args, model = model_of(script, f"{flags} --num-small 3 --bn-groups 1")
+    shaken(model)
+    src, tgt, generator = views_of(script, args)
+    together = model(src, tgt, 0.0, generator)[0].item()
+    pairs = [([u], [v]) for u in src for v in tgt]
+    large, *small = (model([*s], [*t], 0.0, generator)[0].item() for s, t in pairs)  # the target is a clone by now
+    assert len(small) == 3
+    factor = 1 if flags == "--multicrop-src" else 0.5
+    assert together == pytest.approx(factor * (large + np.mean(small)), rel=1e-5)
 
 
 # ---- the originals ----
@@ -211,7 +226,8 @@ def test_the_originals_of_one_encoder_pass_the_gradient_through_both_views(scrip
 
 
 def test_the_original_takes_no_design(script, capsys):
-    for flags, named in (("--scalemix-src", "--scalemix-src"), ("--mean-enc 2 --asym-aug", "--aug-tgt --mean-enc")):
+    for flags, named in (("--scalemix-src", "--scalemix-src"), ("--mean-enc 2 --asym-aug", "--asym-aug --mean-enc"),
+                         ("--aug-tgt weak", "--aug-tgt")):
         with pytest.raises(SystemExit) as stopped:
             script.main(["--symmetrize", *flags.split()])
         error = capsys.readouterr().err
@@ -268,7 +284,7 @@ def test_the_target_follows_by_its_scripts_rule_and_the_predictor_has_no_target(
 
 
 def test_mean_enc_comes_before_predictor_and_normalisation(script):
-    """The loss of n equal views is that of one: their mean is the encoding itself; and of two views by hand."""
+    """By hand: two views encoded jointly, the mean of the raw outputs, then the predictor, then the norm."""
     args, model = model_of(script, "--mean-enc 2 --mean-enc-src 2 --bn-groups 1")
     src, tgt, generator = views_of(script, args)
     loss = model(src, tgt, 0.0, generator)[0].item()
@@ -304,6 +320,8 @@ def test_asym_bn_synchronises_one_projector(script, flag, side, other):
     _, model = model_of(script, f"{flag} --bn-groups 4")
     assert groups(getattr(model, side).projector) == {1} and groups(getattr(model, side).backbone) == {4}
     assert groups(getattr(model, other)) == {4}
+    if script.__name__ in PREDICTOR:
+        assert groups(model.predictor) == {4}
     if script is barlow_asym:  # the loss's BN is the projector's last
         assert model.standardize_src.groups == (1 if side == "source" else 4)
         assert model.standardize_tgt.groups == (1 if side == "target" else 4)
@@ -349,11 +367,27 @@ def test_the_last_bn_of_each_block_starts_at_zero(script):
     _, model = model_of(script)
     for block in (m for m in model.source.modules() if isinstance(m, script.BasicBlock)):
         assert not block.bn2.weight.any() and block.bn1.weight.all()
+    net = build(script, small_args(script, "--arch resnet50")).target.backbone
+    blocks = [m for m in net.modules() if isinstance(m, script.Bottleneck)]
+    assert len(blocks) == 16 and all(not b.bn3.weight.any() and b.bn2.weight.all() for b in blocks)
 
 
 # ---- optimisers and recipes ----
 
 PEAKS = {"mocov3_asym": 9.6, "simclr_asym": 4.8, "byol_asym": 7.2, "simsiam_asym": 0.1, "barlow_asym": 1.6}
+
+
+ORIGINALS = {  # METHODS 1.0: batch, decay, warm-up, EMA, temperature, lambda; 100 epochs
+    "mocov3_asym": (4096, 1e-6, 10, 0.99, 1.0, None), "simclr_asym": (4096, 1e-6, 10, None, 0.1, None),
+    "byol_asym": (4096, 1e-6, 10, 0.99, None, None), "simsiam_asym": (512, 1e-4, 0, None, None, None),
+    "barlow_asym": (2048, 1e-6, 10, None, None, 0.0051)}
+
+
+def test_the_imagenet_recipes_are_the_originals(script):
+    r = script.RECIPES["imagenet"]
+    names = "batch_size", "wd", "warmup_epochs", "ema", "temperature", "lambd"
+    assert tuple(r.get(k) for k in names) == ORIGINALS[script.__name__]
+    assert (r["arch"], r["img_size"], r["epochs"], r["bn_groups"]) == ("resnet50", 224, 100, 1)
 
 
 def test_the_imagenet_recipes_reach_the_originals_learning_rates(script):
@@ -368,8 +402,9 @@ def test_the_imagenet_recipes_reach_the_originals_learning_rates(script):
 
 
 def test_optimisers(script):
-    args, model = model_of(script)
+    args, model = model_of(script, "--wd 0.03")
     optimizer = script.Method.optimizer(args, model)
+    assert all(g["weight_decay"] == 0.03 and g["momentum"] == 0.9 for g in optimizer.param_groups)
     if script is simsiam_asym:
         assert isinstance(optimizer, torch.optim.SGD)
         scheduled, constant = optimizer.param_groups
@@ -382,13 +417,34 @@ def test_optimisers(script):
         weights, others = optimizer.param_groups
         assert all(p.ndim > 1 for p in weights["params"]) and all(p.ndim <= 1 for p in others["params"])
         assert others["peak"] == pytest.approx(args.lr_bias * 16 / 256) and weights["peak"] == args.peak_lr
-    vit = small_args(mocov3_asym, "--arch vit_tiny")
+    vit = small_args(mocov3_asym, "--arch vit_tiny --wd 0.03")
     adam = mocov3_asym.MoCoV3.optimizer(vit, build(mocov3_asym, vit))
-    assert isinstance(adam, torch.optim.AdamW) and len(adam.param_groups) == 1
+    assert isinstance(adam, torch.optim.AdamW) and [g["weight_decay"] for g in adam.param_groups] == [0.03]
+
+
+def test_learning_rates_and_decay_reach_the_weights(script):
+    """Two steps, the second of which sees the momentum of the first."""
+    def weights(flags):
+        torch.manual_seed(0)
+        args, model = model_of(script, flags)
+        shaken(model)
+        optimizer = script.Method.optimizer(args, model)
+        for number in range(2):
+            src, tgt, generator = views_of(script, args, number)
+            optimizer.zero_grad()
+            model(src, tgt, 0.5, generator)[0].backward()
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"]
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.source.parameters()])
+
+    base = weights("")
+    assert torch.equal(base, weights(""))
+    for flags in ["--lr 0.7", "--wd 0.03"] + ["--lr-bias 0.1"] * (script is barlow_asym):
+        assert not torch.equal(base, weights(flags)), flags
 
 
 def test_simsiams_predictor_has_a_constant_learning_rate_in_training(tmp_path, monkeypatch):
-    from pool import class_tree
     rates = []
     optimizer_of = simsiam_asym.SimSiam.optimizer
 
@@ -431,9 +487,6 @@ def test_augmentations(script):
 
 def test_simclrs_images_stay_in_0_1_everywhere(tmp_path, monkeypatch):
     """In training, in the kNN monitor and in what the run records for those who evaluate it."""
-    import json
-
-    from pool import class_tree
     ranges = []
     forward = simclr_asym.Encoder.forward
     monkeypatch.setattr(simclr_asym.Encoder, "forward", lambda self, x: (ranges.append(x.aminmax()), forward(self, x))[1])
@@ -443,15 +496,10 @@ def test_simclrs_images_stay_in_0_1_everywhere(tmp_path, monkeypatch):
     argv = (f"--data {class_tree(tmp_path / 'images')} --recipe small --arch tiny --img-size 16 --batch-size 16 --hidden 8 "
             f"--dim 16 --epochs 1 --warmup-epochs 0 --out {tmp_path / 'out'}")
     simclr_asym.main(argv.split())
-    assert any(r == augment_raw() for r in ranges if isinstance(r, tuple) and isinstance(r[0], tuple))
+    assert any(r == data.RAW for r in ranges if isinstance(r, tuple) and isinstance(r[0], tuple))
     assert all(0 <= r.min and r.max <= 1 for r in ranges if hasattr(r, "min"))
     about = json.loads((tmp_path / "out" / "args.json").read_text())
     assert about["mean"] == [0, 0, 0] and about["std"] == [1, 1, 1]
-
-
-def augment_raw():
-    from common import data
-    return data.RAW
 
 
 # ---- switches ----
@@ -498,11 +546,13 @@ def test_unknown_values_are_refused(script, capsys):
             script.main(flags.split())
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and said in error and error.count("\n") == 1
-    assert importlib.import_module(script.__name__).recipe(script.parse_args([])) == script.RECIPES["demo"]
-    assert augment.Recipe().normalize
 
 
-def test_more_negatives_with_symmetrize_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        simclr_asym.main("--symmetrize --negatives all".split())
-    assert "drop --negatives" in capsys.readouterr().err
+@pytest.mark.parametrize("script, flags, said", [
+    (simclr_asym, "--negatives all", "drop --negatives"), (simclr_asym, "--bn-groups 8", "drop --bn-groups"),
+    (mocov3_asym, "--swap-aug", "drop --swap-aug"), (byol_asym, "--swap-aug", "drop --swap-aug"),
+    (barlow_asym, "--swap-aug", "drop --swap-aug")])
+def test_what_symmetrize_would_ignore_is_refused(script, flags, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(f"--symmetrize {flags}".split())
+    assert stopped.value.code == 2 and said in capsys.readouterr().err

@@ -118,6 +118,7 @@ def test_sizes_that_do_not_fit_the_patches_are_refused(capsys):
                         ("--arch vit_small --img-size 100 --recipe small", "use 96 or 112"),
                         ("--arch vit_tiny --multicrop-src --small-size 18", "--small-size 18"),
                         ("--no-stop-grad-conv1", "about ViTs, not --arch tiny"),
+                        ("--arch vit_tiny --bn-groups 8 --asym-bn --bn-scope all", "drop --bn-scope"),
                         ("--arch vit_large", "vit_small")):
         with pytest.raises(SystemExit) as stopped:
             M.main(flags.split())
