@@ -22,6 +22,7 @@ The paper's finding: keep the target's variance below the source's. Each design 
 
 # ============================================================================== shared: imports
 import argparse
+import fcntl
 import inspect
 import json
 import math
@@ -426,7 +427,10 @@ def show_views(args, plan, images):
         columns.append(torch.ones(len(rows), 3, edge, edge))
     tiles = torch.stack(columns[:-1], 1).flatten(0, 1)
     tiles = F.interpolate(tiles, scale_factor=max(1, 96 // edge))
-    torchvision.utils.save_image(tiles, args.show_views, nrow=len(columns) - 1, pad_value=1.0)
+    try:
+        torchvision.utils.save_image(tiles, args.show_views, nrow=len(columns) - 1, pad_value=1.0)
+    except (OSError, ValueError) as e:  # no such folder; no such format
+        stop(f"--show-views {args.show_views}: {reason(e)}")
 
 
 # ============================================================================== shared: schedules
@@ -476,7 +480,7 @@ def make_parser():
     flag("--lr", type=number(float, 0), help="learning rate per 256 images; scaled by batch size / 256")
     flag("--wd", type=number(float, 0), help="weight decay")
     flag("--warmup-epochs", type=number(float, 0), help="linear warm-up of the learning rate")
-    flag("--seed", type=number(int, 0), default=0, help="of everything random")
+    flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
     flag("--workers", type=number(int, 0), help="loader processes of each process; default: up to 8")
     flag("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
@@ -549,11 +553,12 @@ def check_flags(args, world):
     check(args.arch in known, f"--arch {args.arch} is unknown; use one of {' '.join(known)}")
     for low, high in (args.small_scale, args.large_scale):
         check(0 < low <= high, f"crops of {low} to {high} of the area: give two shares, the smaller first")
-    kind, local = args.device.split(":")[0], int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))
-    check(kind in ("cpu", "cuda", "mps"), f"--device {args.device} is unknown; use cpu, cuda or mps")
+    (kind, _, i), local = args.device.partition(":"), int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))
+    check(args.device in ("cpu", "cuda", "mps") or kind == "cuda" and i.isdecimal(),
+          f"--device {args.device} is unknown; use cpu, cuda, cuda:N or mps")
     cuda, gpus = kind == "cuda", torch.cuda.device_count()
-    check(gpus or not cuda, f"--device {args.device}: torch sees no GPU; use --device cpu")
-    check(not cuda or local <= gpus, f"{local} processes on a machine with {gpus} GPU(s); start {gpus}")
+    check(not cuda or max(local, int(i or 0) + 1) <= gpus, f"--device {args.device}, {local} process(es): "
+          f"torch sees {gpus or 'no'} GPU; start fewer, or use --device cpu")
     check(kind != "mps" or torch.backends.mps.is_available() and world == 1,
           "--device mps: not available, or more than one process; use --device cpu")
     check(cuda or args.amp != "fp16", f"--amp fp16 does not work on {args.device}; use --amp bf16 or off")
@@ -609,11 +614,11 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
     batches = global_batches(len(images), batch, args.seed, run.step, last)
     crops_of = partial(data.stream, images, planned_crops(plan))
     stream = crops_of(batches, args.seed, rank(), world_size(), args.workers, device)
-    clock, waited, since, bad = time.time(), 0.0, run.step, 0
+    clock, waited, since, scale = time.time(), 0.0, run.step, scaler.get_scale()
     for step in range(run.step, last):
         asked = time.time()
         crops, unreadable = next(stream)
-        waited, bad = waited + time.time() - asked, bad + len(unreadable)
+        waited, run.bad = waited + time.time() - asked, run.bad + len(unreadable)
         report(args, unreadable)
         generator = rng(args.seed, "views", step)
         src, tgt = make_views(plan, crops, batch, generator, images.stats)
@@ -633,17 +638,19 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
                      "chance": Method.chance(args), "lr": args.peak_lr * factor, "m": m,
                      **{k: v.item() for k, v in spreads.items()},
                      "grad_norm": torch.nn.utils.get_total_norm(grads).item(), "mem_gb": memory(device),
-                     "bad_images": all_sum(torch.tensor(bad)).item()}
-            check(math.isfinite(entry["loss"]), f"the loss of step {done} is {entry['loss']}: --lr too big? "
-                  f"fp16 (try bf16)? {run.out}/last.pt holds the last good state")
+                     "bad_images": all_sum(torch.tensor(run.bad)).item()}
+            good = scaler.is_enabled() or math.isfinite(entry["grad_norm"])  # the scaler skips such a step
+            check(good and math.isfinite(entry["loss"]), "step {step}: loss {loss}, norm of the gradient "
+                  "{grad_norm}; --lr too big? fp16 (try bf16)? last.pt is as before".format(**entry))
         scaler.step(optimizer)
         scaler.update()
+        run.skipped, scale = run.skipped + (scaler.get_scale() < scale), scaler.get_scale()
         run.step, signalled = done, run.signalled()
         if logs:
             seconds, clock = time.time() - clock, time.time()
             entry |= {"img_s": (done - since) * batch / seconds, "data_frac": waited / seconds,
-                      "eta_s": (last - done) * seconds / (done - since)}
-            waited, since, bad = 0.0, done, 0
+                      "eta_s": (last - done) * seconds / (done - since), "skipped": run.skipped}
+            waited, since = 0.0, done
             if min(entry["std_src"], entry["std_tgt"]) < 0.1:
                 say(f"warning: the encodings have nearly collapsed (std {entry['std_src']:.3f} and "
                     f"{entry['std_tgt']:.3f}; healthy: near 1); is --lr too large, or the batch too small?")
@@ -660,9 +667,10 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
 
 def report(args, unreadable):
     for path in unreadable:
-        print(f"{METHOD}: unreadable image, replaced by the next: {path}", file=sys.stderr, flush=True)
+        then = "stopped (--strict-images)" if args.strict_images else "replaced by the next"
+        print(f"{METHOD}: unreadable image, {then}: {path}", file=sys.stderr, flush=True)
     if unreadable and args.strict_images:
-        stop("stopped (--strict-images); repair or remove that image")
+        raise SystemExit(2)
 
 
 def memory(device):
@@ -739,8 +747,9 @@ def variances(args, model, plan, images, device):
 class Run:
     """A run's folder: args.json, log.jsonl, last.pt, the backbones, a copy of this script. Rank 0 writes."""
 
-    def __init__(self, args, about):
-        self.out, self.step, self.signal = Path(args.out), 0, 0
+    def __init__(self, args, about, bad):
+        self.out, self.step, self.signal, self.launcher = Path(args.out), 0, 0, os.getppid()
+        self.bad, self.skipped = bad, 0  # unreadable images that this process met; steps that fp16 skipped
         self.about = json.loads(json.dumps(about))  # tuples become lists, as they do in the file
 
     def open(self, args, model, optimizer, scaler):
@@ -748,90 +757,111 @@ class Run:
         ours, last, log = (self.out / name for name in ("args.json", "last.pt", "log.jsonl"))
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+            if rank() == 0:
+                lock = os.open(self.out / ".lock", os.O_CREAT | os.O_RDWR)  # until this process ends: no close
+                try:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    stop(f"--out {self.out} is in use by another process; wait for it, or use another")
+                except OSError:  # some file systems have no locks
+                    pass
+            restarted = all_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0
             if rank() == 0 and args.overwrite and not restarted:
                 for path in (ours, last, log):
                     path.unlink(missing_ok=True)
             all_sum(torch.zeros(1))  # wait for rank 0
-            old = json.loads(ours.read_text()) if ours.exists() else self.about
             state = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else None
-            found = FORMAT if state is None else state["format"]
+            old = state or (json.loads(ours.read_text()) if ours.exists() else self.about)
+            found = state["format"] if state else FORMAT
+            check(found == FORMAT, f"{last} has format {found}, not {FORMAT}; use the version that wrote it")
             pairs = [(k, old[k], self.about[k]) for k in ("method", "images", "mean", "std")]
             for k in sorted(self.about["args"].keys() - MAY_DIFFER):
                 pairs.append((dashed([k]), old["args"].get(k), self.about["args"][k]))
-            self.step = state["step"] if state else 0
-            seen = gather(torch.tensor([[self.step, self.about["images"]]])).unique(dim=0)  # waits for all
-        except Exception as e:  # a truncated or foreign file raises nearly anything
-            stop(f"--out {self.out} cannot be used ({type(e).__name__}: {e}); use another, or --overwrite")
-        check(found == FORMAT, f"{last} has format {found}, not {FORMAT}; use the version that wrote it")
-        check(len(seen) == 1, f"the processes find different runs or data, (step, images): {seen.tolist()}; "
-              "--out and --data must be folders that all nodes share")
-        differ = ", ".join(f"{k} {a} there, {b} here" for k, a, b in pairs if a != b)
-        check(not differ, f"--out {self.out} holds another run ({differ}); use another, or --overwrite")
-        if state:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"] and scaler.is_enabled():  # fp16 may have been switched off or on by --device
-                scaler.load_state_dict(state["scaler"])
-        if rank() == 0:
             lines = log.read_text().splitlines() if state and log.exists() else []
+            self.step = state["step"] if state else 0
             lines = [x for x in lines if x.endswith("}") and json.loads(x).get("step", 0) <= self.step]
-            lines = lines or [json.dumps({"command": sys.argv, **self.about})]
-            self.write(log, lambda path: path.write_text("\n".join(lines) + "\n"))
-            self.write(ours, lambda path: path.write_text(json.dumps(self.about, indent=1)))
-            if Path(__file__).resolve().parent != self.out.resolve():
-                shutil.copy(__file__, self.out)
+            seen = gather(torch.tensor([[self.step, self.about["images"]]])).unique(dim=0)  # waits for all
+            check(len(seen) == 1, "the processes find different runs or data, (step, images): "
+                  f"{seen.tolist()}; --out and --data must be folders that all nodes share")
+            differ = ", ".join(f"{k} {a} there, {b} here" for k, a, b in pairs if a != b)
+            check(not differ, f"--out {self.out} holds another run ({differ}); use another, or --overwrite")
+            if state:
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                if state["scaler"] and scaler.is_enabled():  # --device may have switched fp16 off or on
+                    scaler.load_state_dict(state["scaler"])
+                self.bad, self.skipped = 0 if rank() else state["bad_images"], state["skipped"]
+                check(finite(model, optimizer), f"{last} holds values that are not finite; use --overwrite")
+        except Exception as e:  # a truncated or foreign file raises nearly anything
+            stop(f"--out {self.out} cannot be used ({reason(e)}); use another, or --overwrite")
+        lines = lines or [json.dumps({"command": sys.argv, **self.about})]
+        self.write(log, lambda path: path.write_text("\n".join(lines) + "\n"))
+        self.write(ours, lambda path: path.write_text(json.dumps(self.about, indent=1)))
+        if Path(__file__).resolve().parent != self.out.resolve():
+            self.write(self.out / Path(__file__).name, partial(shutil.copy, __file__))
 
     def save(self, model, optimizer, scaler):
         sync_buffers(model)
-        check(all(x.isfinite().all() for x in model.state_dict().values()), f"the weights are not finite at "
-              f"step {self.step}: --lr too large? {self.out}/last.pt holds the last good state")
-        if rank() == 0:
-            state = {"format": FORMAT, **self.about, "step": self.step, "model": model.state_dict(),
-                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            backbone, target = ({k: v.cpu() for k, v in encoder.backbone.state_dict().items()}
-                                for encoder in (model.source, model.target))
-            files = {"last.pt": state, "backbone.pth": backbone, "backbone_target.pth": target}
-            for name, what in files.items():
-                self.write(self.out / name, lambda path, what=what: torch.save(what, path))
-        all_sum(torch.zeros(1))  # a launcher ends all processes when the first has gone
+        check(finite(model, optimizer), f"the weights, or the optimizer's state, are not finite at step "
+              f"{self.step}: --lr too big? last.pt is as before")
+        state = {"format": FORMAT, **self.about, "step": self.step, "model": model.state_dict(),
+                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                 "bad_images": all_sum(torch.tensor(self.bad)).item(), "skipped": self.skipped}
+        for name, encoder in (("backbone", model.source), ("backbone_target", model.target)):
+            weights = {k: v.cpu() for k, v in encoder.backbone.state_dict().items()}
+            self.write(self.out / f"{name}.pth", partial(torch.save, weights))
+        self.write(self.out / "last.pt", partial(torch.save, state))  # the last: then all is there
 
-    def write(self, path, how):
-        """Writes aside, then renames: a reader finds the old file or the new one, never a part of it."""
-        aside = path.with_name(path.name + ".tmp")
-        try:
-            how(aside)
-            os.replace(aside, path)
-        except (OSError, RuntimeError) as e:
-            aside.unlink(missing_ok=True)
-            stop(f"cannot write {path} ({e}); make room, or use another --out. The old file is intact", 1)
+    def write(self, path, how, aside=".tmp"):
+        """Rank 0 writes aside, then renames: a reader finds the old file or the new one, never a part of it.
+        If it cannot, all processes stop."""
+        error, part = "", path.with_name(path.name + aside)
+        if rank() == 0:
+            try:
+                how(part)
+                os.replace(part, path)
+            except (OSError, RuntimeError) as e:
+                error = reason(e)
+        if all_sum(torch.tensor(len(error))):
+            stop(f"cannot write {path} ({error}); make room, or use another --out. last.pt is intact", 1)
 
     def log(self, entry):
         """A line to log.jsonl, and one to the terminal, where it is updated in place."""
         text = "epoch {epoch:.2f}  step {step}".format(**entry)
         if "loss" in entry:
             text += "  loss {loss:.3f} / chance {chance:.3f}  std {std_src:.2f} {std_tgt:.2f}".format(**entry)
-            text += "  {img_s:.0f} img/s  eta ".format(**entry)
-            text += time.strftime("%H:%M:%S", time.gmtime(entry["eta_s"]))
+            minutes, s = divmod(int(entry["eta_s"]), 60)
+            text += f"  {entry['img_s']:.0f} img/s  eta {minutes // 60:02d}:{minutes % 60:02d}:{s:02d}"
         if "v_src" in entry:
             text += "\n  v_src {v_src:.2e}  v_tgt {v_tgt:.2e}".format(**entry)
             text += f"  v_tgt/v_src {entry['v_tgt'] / max(entry['v_src'], 1e-12):.2f}"
             text += f"  kNN {entry['knn']:.3f}" if "knn" in entry else ""
-        if rank() == 0:
-            try:
-                with open(self.out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(entry) + "\n")
-            except OSError as e:
-                stop(f"cannot write {self.out}/log.jsonl ({e}); make room. last.pt is intact", 1)
+
+        def append(path):
+            with open(path, "a") as f:
+                f.write(json.dumps(entry) + "\n")
+
+        self.write(self.out / "log.jsonl", append, aside="")
         screen = sys.stdout.isatty()
         say(f"\r{text:100s}" if screen else text, end="" if screen and "v_src" not in entry else "\n")
 
     def signalled(self):
-        """The number of a signal that any process has had, else 0: all stop after the same step."""
-        if world_size() > 1:
-            dist.all_reduce(number := torch.tensor(self.signal), dist.ReduceOp.MAX)
-            return number.item()
-        return self.signal
+        """The number of a signal to any process, or SIGTERM for a dead launcher, or 0; for all the same."""
+        if not dist.is_initialized():
+            return self.signal
+        mine = int(signal.SIGTERM) if os.getppid() != self.launcher else self.signal
+        dist.all_reduce(number := torch.tensor(mine), dist.ReduceOp.MAX)
+        return number.item()
+
+
+def finite(model, optimizer):
+    moments = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    return all(x.isfinite().all() for x in [*model.state_dict().values(), *moments])
+
+
+def reason(e):
+    """An exception in one line, without torch's advice on how to load what it refuses."""
+    return f"{type(e).__name__}: {e}".splitlines()[0].split(". ")[0]
 
 
 # ============================================================================== shared: launch
@@ -871,13 +901,8 @@ def child(index, argv, nproc, port):
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(nproc), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     torch.set_num_threads(max(1, CORES // nproc))
-    try:
-        work(parse_args(argv))
-    except KeyboardInterrupt:  # before work() listens to signals
-        raise SystemExit(130) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    mp.set_start_method(None, force=True)  # loader workers start as ever; spawned, each would import torch
+    guard(parse_args(argv))
 
 
 def join_processes(args):
@@ -892,21 +917,37 @@ def join_processes(args):
 
 
 # ============================================================================== shared: main
+def guard(args):
+    """work(), and one line instead of a traceback where it ends by no fault of the program."""
+    try:
+        work(args)
+    except data.DataError as e:  # a loader worker's comes with its traceback
+        stop(str(e).splitlines()[-1].split("DataError: ")[-1])
+    except KeyboardInterrupt:  # before train() listens to signals
+        raise SystemExit(128 + signal.SIGINT) from None
+    except RuntimeError as e:
+        if "allocate" in str(e):
+            stop(f"out of memory ({reason(e)}); use a smaller --batch-size or --img-size", 1)
+        if not any(word in str(e) for word in ("gloo", "NCCL", "DataLoader worker")):
+            raise
+        stop(f"lost another process ({reason(e)}); the same command continues from last.pt", 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def work(args):
     """All that one process does."""
     device, flags = join_processes(args), {k: v for k, v in vars(args).items() if k != "knn_asked"}
-    try:
-        if args.download and rank() == 0:  # alone, and before the others look
-            data.load(args.data, args.data_root, download=True)
-        all_sum(torch.zeros(1))
-        images, bank, queries = data.load(args.data, args.data_root)
-    except data.DataError as e:
-        stop(e)
+    if args.download and rank() == 0:  # alone, and before the others look
+        data.load(args.data, args.data_root, download=True)
+    all_sum(torch.zeros(1))
+    images, bank, queries = data.load(args.data, args.data_root)
     if not augmentations(args)[0].normalize:
         for split in (images, bank, queries):
             if split is not None:
                 split.stats = data.RAW
-    report(args, images.bad if rank() == 0 or args.strict_images else ())
+    bad = () if rank() else images.bad  # all processes have found them: name and count them once
+    report(args, bad)
     n, batch, groups, world = len(images), args.batch_size, args.bn_groups, world_size()
     most = n // math.lcm(groups, world) * math.lcm(groups, world)
     check(batch <= n, f"--batch-size {batch} is more than the {n} images; "
@@ -916,9 +957,8 @@ def work(args):
     method_checks(args, n)
     amp, args.peak_lr = args.amp, args.lr * batch / 256
     if amp == "auto":
-        amp = "off"
-    if args.amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if bf16 else "fp16" if device.type == "cuda" else "off"
     args.autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     torch.manual_seed(args.seed)
     model = Method(args).to(device)
@@ -941,7 +981,7 @@ def work(args):
         return
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     run = Run(args, {"method": METHOD, "args": flags, "mean": images.stats[0], "std": images.stats[1],
-                     "images": n, "chance": Method.chance(args), "versions": versions})
+                     "images": n, "chance": Method.chance(args), "versions": versions}, len(bad))
     run.open(args, model, optimizer, scaler)
     if run.step:
         more = run.step < min(args.epochs * steps, args.steps or math.inf)
@@ -960,11 +1000,7 @@ def main(argv=None):
     check_flags(args, int(os.environ.get("WORLD_SIZE", args.nproc)))
     if args.nproc > 1:
         return spawn(argv, args.nproc)
-    try:
-        work(args)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    guard(args)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ class Images:
 
 def read_image(path):
     """An image file as uint8 (3, h, w): grey repeated, alpha dropped, CMYK converted, 16 bits scaled to 8."""
+    if not os.path.isfile(path):  # a pipe would block
+        raise FileNotFoundError(path)
     with Image.open(path) as image:
         if math.prod(image.size) > Image.MAX_IMAGE_PIXELS:  # PIL only warns
             raise Image.DecompressionBombError(path)
@@ -147,8 +149,8 @@ def scan(folder):
         if (real := os.path.realpath(here)) in seen:  # symbolic links in a circle
             folders[:], files = [], []
         seen.add(real)
-        folders.sort()
-        files = sorted(f for f in files if f.lower().endswith(SUFFIXES))
+        folders[:] = sorted(f for f in folders if not f.startswith("."))  # .ipynb_checkpoints is no class
+        files = sorted(f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
         paths += [os.fsencode(os.path.join(here, f)) for f in files]
         labels += [os.path.relpath(here, folder).split(os.sep)[0]] * len(files)
     if not paths:

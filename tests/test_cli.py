@@ -54,7 +54,7 @@ def test_a_run_and_its_folder(script, folder, tmp_path):
     done = run(script, *argv, "--bn-groups", 2, "--out", tmp_path / "out")
     assert done.returncode == 0 and not done.stderr, done.stderr
     out = tmp_path / "out"
-    names = {"args.json", "log.jsonl", "last.pt", "backbone.pth", "backbone_target.pth", f"{script}.py"}
+    names = {"args.json", "log.jsonl", "last.pt", "backbone.pth", "backbone_target.pth", f"{script}.py", ".lock"}
     assert {p.name for p in out.iterdir()} == names
     first, *lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     assert first["command"][1:4] == argv[:3] and first["args"]["bn_groups"] == 2 and first["chance"] is not None

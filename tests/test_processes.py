@@ -366,18 +366,20 @@ def test_nproc_and_torchrun_print_the_losses_of_one_process(pool, method, tree, 
 
 def test_a_real_sigterm_saves_and_the_same_command_continues(pool, method, mixed_tree, tmp_path):
     """To the whole process group, as a scheduler sends it: the loader's workers must not die of it."""
-    flags = "--epochs 8 --knn-every 8 --workers 1"
+    flags = "--epochs 400 --knn-every 400 --save-every 400 --workers 1"
     process = command(method, argv(method, mixed_tree, tmp_path / "a", flags))
     log, end = tmp_path / "a" / "log.jsonl", time.time() + 60
     while not (log.exists() and '"step": 5,' in log.read_text()):
         assert process.poll() is None and time.time() < end
         time.sleep(0.02)
+    second = command(method, argv(method, mixed_tree, tmp_path / "a", flags))
+    assert "is in use by another process" in second.communicate(timeout=60)[1] and second.returncode == 2
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     step = saved(tmp_path / "a")["step"]
-    assert process.returncode == 128 + signal.SIGTERM and 5 <= step < 24
+    assert process.returncode == 128 + signal.SIGTERM and 5 <= step < 1200
     assert f"SIGTERM: saved step {step}" in err and "Traceback" not in err
     for out in ("a", "b"):
-        run(pool, 1, method, mixed_tree, tmp_path / out, flags.replace("--workers 1", ""))
+        run(pool, 1, method, mixed_tree, tmp_path / out, f"{flags.replace('--workers 1', '')} --steps {step + 3}")
     same_state(tmp_path / "a", tmp_path / "b", exact=True)
     same_logs(tmp_path / "a", tmp_path / "b", exact=True)
