@@ -718,6 +718,7 @@ class Run:
 
     def __init__(self, args, about, bad):
         self.out, self.step, self.signal, self.launcher = Path(args.out), 0, 0, os.getppid()
+        self.lock = None
         self.bad, self.skipped = bad, 0  # unreadable images that this process met; steps that fp16 skipped
         self.about = json.loads(json.dumps(about))  # tuples become lists, as they do in the file
 
@@ -727,9 +728,9 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if rank() == 0:
-                lock = os.open(self.out / ".lock", os.O_CREAT | os.O_RDWR)  # until this process ends: no close
-                try:
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.lock = os.open(self.out / ".lock", os.O_CREAT | os.O_RDWR)
+                try:  # the lock goes when this process does, even by kill -9
+                    fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     stop(f"--out {self.out} is in use by another process; wait for it, or use another")
                 except OSError:  # some file systems have no locks
@@ -961,6 +962,8 @@ def work(args):
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+        if run.lock is not None:
+            os.close(run.lock)
 
 
 def main(argv=None):

@@ -1,0 +1,388 @@
+"""What disturbs a run, in short; drill.py has long forms. Runs in forks are real processes with real signals; the others
+are in this process. After each fault the same command continues, bit for bit like an undisturbed run."""
+
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import drill
+import pool as helper
+import pytest
+import torch
+import torch.multiprocessing as mp
+from drill import EPOCH, Command, Mount, complete, last_step, same, shared_memory, sound
+from PIL import Image
+from pool import SCRIPTS, class_tree, log_lines, saved
+
+if sys.platform != "linux":
+    pytest.skip("these tests look into /proc", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # of a machine with one core
+SOME = ["mocov2_asym", *[s for s in SCRIPTS if s == "byol_asym"]]  # what is in shared code is tried with these
+TWO = "--epochs 2"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return drill.Place(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(params=SOME)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+def run(script, line, capsys):
+    """A run in this process: its exit code and what it said to stderr, which is a line if the code is not 0."""
+    capsys.readouterr()
+    code = helper.train(script.METHOD, line)
+    said = capsys.readouterr().err
+    assert code in (0, None) or "Traceback" not in said
+    return code or 0, said
+
+
+def contents(out):
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+# ---- signals, and processes that die ----
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_kill9(place, name):
+    drill.kill9(place, 3 if name == "mocov2_asym" else 1, name, slow=0)
+
+
+def test_kill_while_writing_a_checkpoint(place):
+    drill.kill_writing(place, 2)
+
+
+def test_signals_to_one_of_two_processes(place):
+    """Both stop after the same step. The signals to commands are in drill.py and test_processes.py."""
+    for rank, number in enumerate((signal.SIGUSR1, signal.SIGINT)):
+        out = place.new()
+        command = Command(place.line(out, TWO), "pair")
+        assert command.until(lambda out=out: last_step(out) >= 2), command.said()
+        os.kill(command.trainers()[rank], number)
+        assert command.wait() == 128 + number and 2 <= saved(out)["step"] == last_step(out)
+        assert command.said().count(f"{number.name}: saved step {last_step(out)}") == 1
+        assert "Traceback" not in command.said()
+    complete(place.line(out, TWO), "pair")
+    same(out, place.whole(TWO, "pair"), 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_other_of_two_processes_says_so_in_a_line(place, rank):
+    out = place.new()
+    command = Command(place.line(out, TWO), "pair")
+    assert command.until(lambda: last_step(out) >= EPOCH), command.said()
+    os.kill(command.trainers()[rank], signal.SIGKILL)
+    assert command.wait() == 128 + signal.SIGKILL
+    sound(out)
+    assert "Traceback" not in command.said() and ("lost another process" in command.said()) == (rank == 1)  # rank 0 speaks
+    complete(place.line(out, TWO), "pair")
+    same(out, place.whole(TWO, "pair"), 2)
+
+
+def test_processes_whose_launcher_died_save_and_end(place):
+    drill.launcher(place, 1, hows=("pair",))
+
+
+def loaders_method(method):
+    """How loader workers are started in a child of --nproc, here itself one that was spawned."""
+    script, found = importlib.import_module(method), []
+    script.guard = lambda args: found.append(mp.get_start_method())
+    script.child(0, "--data demo".split(), 1, helper.free_port())
+    return found
+
+
+def test_children_of_nproc_start_loader_workers_as_one_process_does():
+    pool = helper.Pool(1)
+    assert pool.run(1, loaders_method, "mocov2_asym") == [[multiprocessing.get_all_start_methods()[0]]]
+    pool.close()
+
+
+def test_overwrite_does_not_act_again_when_torchrun_restarts(place, capsys, monkeypatch):
+    script, out = importlib.import_module("mocov2_asym"), place.new()
+    line = place.line(out, f"{TWO} --workers 0 --overwrite")
+    assert run(script, f"{line} --steps 3", capsys)[0] == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run(script, line, capsys)[0] == 0
+    same(out, place.whole(TWO))
+
+
+# ---- disks ----
+
+
+@pytest.mark.parametrize("how", ["fork", "pair"])
+def test_no_room_for_a_checkpoint(place, how):
+    """A limit to the size of files stands for a full disk; drill.py fills one."""
+    out, whole = place.new(), place.whole(TWO, how)
+    most = (whole / "last.pt").stat().st_size
+    said = complete(place.line(out, TWO), how, 1, limit=most // 2)
+    assert said.count("cannot write") == 1 and "last.pt" in said and "Traceback" not in said, said
+    assert not (out / "last.pt").exists() and (out / "backbone.pth").exists()
+    complete(place.line(out, f"{TWO} --steps {EPOCH}"), how)
+    before = (out / "last.pt").read_bytes()
+    said = complete(place.line(out, TWO), how, 1, limit=most // 2)
+    assert "cannot write" in said and (out / "last.pt").read_bytes() == before
+    complete(place.line(out, TWO), how)
+    same(out, whole, 1 if how == "fork" else 2)
+
+
+def test_no_room_for_the_log(place):
+    out = place.new()
+    said = complete(place.line(out, TWO), code=1, limit=4000)
+    assert said.count("cannot write") == 1 and "log.jsonl" in said and "Traceback" not in said, said
+    complete(place.line(out, TWO))
+    same(out, place.whole(TWO))
+
+
+def test_folders_that_cannot_be_written(place, script, capsys):
+    (place.folder / "file").touch()
+    code, said = run(script, place.line(place.folder / "file" / "run", TWO, script.METHOD), capsys)
+    assert code == 2 and said.count("\n") == 1 and "Not a directory" in said
+    try:
+        mount = Mount(place.new(), "1m")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a read-only file system could not be mounted here")
+    with mount:
+        mount("-o", "remount,ro")
+        code, said = run(script, place.line(mount.folder / "run", TWO, script.METHOD), capsys)
+        assert code == 2 and said.count("\n") == 1 and "Read-only" in said
+
+
+# ---- images ----
+
+
+def hostile(folder, mixed):
+    """Images of many kinds; returns the names of those that cannot be read."""
+    class_tree(folder, 32, (24, 31) if mixed else (24,))
+    first = folder / "class0" / "000.png"
+    with Image.open(first) as image:
+        image = image.copy()
+    image.convert("L").save(folder / "class0" / "grey.png")
+    image.convert("CMYK").save(folder / "class0" / "cmyk.jpg")
+    image.save(folder / "class1" / "a b\u00fc\u65e5 .png")
+    image.quantize(8).save(folder / "class1" / "moves.gif", save_all=True, append_images=[image.rotate(90).quantize(8)])
+    Image.fromarray(helper.np.asarray(image.convert("L"), dtype=helper.np.uint16) * 257).save(folder / "class1" / "deep.png")
+    (folder / "class0" / ".ipynb_checkpoints").mkdir()
+    (folder / ".hidden").mkdir()
+    for name in ("class0/.ipynb_checkpoints/000-checkpoint.png", ".hidden/000.png", "class0/._000.png"):
+        (folder / name).write_bytes(first.read_bytes())
+    (folder / "class2" / "circle").symlink_to(folder)
+    os.mkfifo(folder / "class2" / "pipe.png")
+    (folder / "class2" / "dangling.png").symlink_to("nowhere")
+    (folder / "class2" / "empty.jpg").touch()
+    (folder / "class2" / "text.png").write_text("no image")
+    (folder / "class2" / "cut.png").write_bytes(first.read_bytes()[:-300])
+    Image.new("L", (300, 300)).save(folder / "class2" / "bomb.png")
+    return {f"class2/{name}" for name in ("pipe.png", "dangling.png", "empty.jpg", "text.png", "cut.png", "bomb.png")}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_hostile_images(script, mixed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40000)
+    bad = hostile(tmp_path / "images", mixed)
+    line = f"--data {tmp_path}/images {drill.GROUPED} {SCRIPTS[script.METHOD]} --epochs 4 --log-every 3 --out {tmp_path}"
+    code, said = run(script, f"{line}/a", capsys)
+    named = [w.split("images/")[1] for w in said.splitlines() if "unreadable image, replaced" in w]
+    images = json.loads((tmp_path / "a" / "args.json").read_text())["images"]
+    assert code == 0 and set(named) <= bad and images == 32 + 5 + len(bad)  # the hidden ones are not there
+    assert len(log_lines(tmp_path / "a")) == 1 + 4 * (images // 16)
+    counts = [x["bad_images"] for x in log_lines(tmp_path / "a")[1:]]
+    if mixed:  # met in the epochs, each at most once in each
+        assert counts == sorted(counts) and len(bad) < counts[-1] == len(named) <= 4 * len(bad)
+    else:  # found at the start
+        assert set(named) == bad and counts == [len(bad)] * len(counts)
+    for steps in (3, 5, 99):
+        assert run(script, f"{line}/b --steps {steps}", capsys)[0] == 0
+    assert [x["bad_images"] for x in log_lines(tmp_path / "b")[1:]] == counts  # over restarts too
+    assert all(torch.equal(x, saved(tmp_path / "a")["model"][k]) for k, x in saved(tmp_path / "b")["model"].items())
+    code, said = run(script, f"{line}/c --strict-images", capsys)
+    assert code == 2 and "unreadable image, stopped (--strict-images)" in said and "class2/" in said
+
+
+def at_step(monkeypatch, script, step, act):
+    """act() at the beginning of a step."""
+    lr_factor = script.lr_factor
+    monkeypatch.setattr(script, "lr_factor", lambda at, *a: (act() if at == step else None, lr_factor(at, *a))[1])
+
+
+def test_a_folder_that_changes_during_the_run(script, tmp_path, capsys, monkeypatch):
+    images = class_tree(tmp_path / "images", 32, (20, 24))
+    line = f"--data {images} {drill.GROUPED} {SCRIPTS[script.METHOD]} --epochs 4 --out {tmp_path}/run"
+    gone = images / "class0" / "003.png"
+    with monkeypatch.context() as patch:
+        at_step(patch, script, 1, gone.unlink)
+        code, said = run(script, f"{line} --steps 6", capsys)
+    assert code == 0 and str(gone) in said and log_lines(tmp_path / "run")[-1]["bad_images"] == said.count(str(gone)) >= 2
+    code, said = run(script, line, capsys)  # which now sees one image less
+    assert code == 2 and "images 32 there, 31 here" in said
+    with monkeypatch.context() as patch:
+        at_step(patch, script, 1, lambda: images.rename(tmp_path / "elsewhere"))
+        code, said = run(script, f"{line} --overwrite --workers 1", capsys)
+    assert code == 2 and said.splitlines()[-1].startswith(f"{script.METHOD}: no readable image among")
+
+
+# ---- checkpoints ----
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_hostile_checkpoints(place, script, capsys, tmp_path):
+    """Each is refused in a line that names the folder, and the folder stays as it was."""
+    out, evidence = place.new(), tmp_path / "executed"
+    line = place.line(out, f"{TWO} --workers 0", script.METHOD)
+    assert run(script, f"{line} --steps 2", capsys)[0] == 0
+    good = contents(out)
+
+    def changed(change):
+        state = saved(out)
+        change(state)
+        return state
+
+    def nan(state, *keys):
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]].view(-1)[-1] = math.nan
+
+    weight = next(k for k, v in saved(out)["model"].items() if v.ndim == 4)
+    moment = next(k for k, v in saved(out)["optimizer"]["state"][0].items() if torch.is_tensor(v) and v.ndim)
+    for file, what, words in (
+        ("last.pt", good["last.pt"][:5000], "cannot be used"), ("last.pt", b"", "cannot be used"),
+        ("last.pt", b"\x80\x02}" + bytes(99), "cannot be used"), ("last.pt", pickle.dumps(Code(evidence)), "cannot be used"),
+        ("last.pt", {"format": Code(evidence)}, "cannot be used"), ("last.pt", ["a list"], "cannot be used"),
+        ("last.pt", {"model": {}}, "cannot be used"), ("last.pt", changed(lambda s: s.update(format=0)), "has format 0, not 1"),
+        ("last.pt", changed(lambda s: nan(s, "model", weight)), "not finite"),
+        ("last.pt", changed(lambda s: nan(s, "optimizer", "state", 0, moment)), "not finite"),
+        ("last.pt", changed(lambda s: s["model"].pop(weight)), "cannot be used"),
+        ("last.pt", changed(lambda s: s.update(method="other")), "method other there"),
+        ("last.pt", changed(lambda s: s["args"].update(wd=7.0)), "--wd 7.0 there"),
+        ("log.jsonl", b"\xff\xfe{}\n", "cannot be used"), ("log.jsonl", b"x}\n", "cannot be used"),
+    ):
+        path = out / file
+        path.write_bytes(what) if isinstance(what, bytes) else torch.save(what, path)
+        before = contents(out)
+        code, said = run(script, line, capsys)
+        assert code == 2 and said.count("\n") == 1 and words in said and str(out) in said, (what, said)
+        assert contents(out) == before and not evidence.exists()
+        path.write_bytes(good[file])
+    (out / "args.json").unlink()  # last.pt knows the arguments too
+    assert "--wd" in run(script, f"{line} --wd 7", capsys)[1]
+    (out / "args.json").write_text("no longer looked at")
+    assert run(script, line, capsys)[0] == 0
+    same(out, place.whole(TWO, script=script.METHOD))
+
+
+# ---- numbers ----
+
+
+def test_non_finite_losses_gradients_and_weights(place, script, capsys, monkeypatch):
+    """Each stops the run, and last.pt stays as it was after the first epoch."""
+    out = place.new()
+    line = place.line(out, f"{TWO} --workers 0", script.METHOD)
+    assert run(script, f"{line} --steps {EPOCH}", capsys)[0] == 0
+    before = (out / "last.pt").read_bytes()
+    forward, optimizer, models = script.Method.forward, script.Method.optimizer, []
+
+    def loss_nan(self, *a):
+        loss, spreads = forward(self, *a)
+        return loss * math.nan, spreads
+
+    def gradient_nan(self, *a):
+        loss, spreads = forward(self, *a)
+        loss.register_hook(lambda g: g * math.inf)
+        return loss, spreads
+
+    def remember(args, model):
+        models.append((model, optimizer(args, model)))
+        return models[-1][1]
+
+    def spoil_weights():
+        next(models[-1][0].parameters()).data.view(-1)[0] = math.inf
+
+    def spoil_moments():
+        next(v for v in models[-1][1].state[next(iter(models[-1][1].state))].values() if torch.is_tensor(v)).fill_(math.inf)
+
+    for name, new, flags, words in ((("forward", loss_nan, "", "loss nan")), ("forward", gradient_nan, "", "norm of the gradient"),
+                                    ("optimizer", spoil_weights, "", "loss nan"), ("optimizer", spoil_moments, "", "not finite")):
+        with monkeypatch.context() as patch:
+            if name == "forward":
+                patch.setattr(script.Method, name, new)
+            else:
+                patch.setattr(script.Method, name, staticmethod(remember))
+                at_step(patch, script, 2 * EPOCH - 1, new)
+            code, said = run(script, line + flags, capsys)
+        assert code == 2 and said.count("\n") == 1 and words in said and "last.pt is as before" in said, (new, said)
+        assert (out / "last.pt").read_bytes() == before
+    assert run(script, line, capsys)[0] == 0
+    same(out, place.whole(TWO, script=script.METHOD))
+
+
+def test_steps_that_fp16_skips_are_counted(place, script, capsys, monkeypatch):
+    """With a scale so large that gradients overflow until it has been halved often enough; on the CPU, in float32."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", init_scale=2.0**126))
+    line = f"{TWO} --workers 0 --epochs 6"
+    outs = [place.new() for _ in range(2)]
+    assert run(script, place.line(outs[0], line, script.METHOD), capsys)[0] == 0
+    skipped = [x["skipped"] for x in log_lines(outs[0])[1:]]
+    assert 1 < skipped[-1] < len(skipped) and skipped == [min(i + 1, skipped[-1]) for i in range(len(skipped))]
+    assert saved(outs[0])["scaler"]["scale"] == 2.0 ** (126 - skipped[-1])
+    for steps in (3, 99):
+        assert run(script, place.line(outs[1], f"{line} --steps {steps}", script.METHOD), capsys)[0] == 0
+    same(*outs)
+
+
+def test_collapse_is_reported(place, script, capsys, monkeypatch):
+    monkeypatch.setattr(script, "spread", lambda z: torch.tensor(0.05))
+    script.main(place.line(place.new(), "--steps 2 --workers 0", script.METHOD).split())
+    assert capsys.readouterr().out.count("warning: the encodings have nearly collapsed (std 0.050") == 2
+
+
+# ---- resources, and what is printed ----
+
+
+def test_every_way_out_releases_everything(place, script, tmp_path, capsys, monkeypatch):
+    """Loader workers and file descriptors, after the end, a stop, a signal, a bad image and a folder that vanished."""
+    images = class_tree(tmp_path / "images", 32, (20, 24))
+    line = f"--data {images} {drill.GROUPED} {SCRIPTS[script.METHOD]} --epochs 2 --workers 1 --out {tmp_path}"
+
+    def held():
+        children = [p for p in os.listdir("/proc") if p.isdigit() and parent(p) == str(os.getpid())]
+        return sorted(children), len(os.listdir("/proc/self/fd"))
+
+    def parent(pid):
+        try:
+            return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[1]
+        except OSError:
+            return None
+
+    run(script, f"{line}/0", capsys)  # opens what stays open, such as multiprocessing's
+    before = held()
+    for number, (code, act) in enumerate(((0, lambda: None), (143, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+                                          (2, (images / "class1" / "001.png").unlink),
+                                          (2, lambda: images.rename(tmp_path / "elsewhere")))):
+        with monkeypatch.context() as patch:
+            at_step(patch, script, 1, act)
+            assert run(script, f"{line}/{number + 1} --epochs 4 --strict-images", capsys)[0] == code
+        assert held() == before, number
+    assert not shared_memory()
+
+
+def test_days_to_go_are_hours(script, tmp_path, capsys):
+    run = script.Run(helper.small_args(script, f"--out {tmp_path}"), {}, 0)
+    run.log({"step": 1, "epoch": 0.0, "loss": 1.0, "chance": 1.0, "std_src": 1.0, "std_tgt": 1.0, "img_s": 1.0, "eta_s": 100_000.9})
+    assert "eta 27:46:40" in capsys.readouterr().out
