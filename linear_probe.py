@@ -150,6 +150,8 @@ def lbfgs_probe(args, run, task):
         if best is None or value > best[0]:  # the strongest of equals
             best = value, l2, fit
     fit = fit_l2(x, labels, task.classes, *best[1:], 10 * args.max_iter)
+    if fit.gradient > 1e-4:
+        say(f"warning: L-BFGS stopped short of the optimum, gradient {fit.gradient:.1g}; give more --max-iter")
     value, = grades(task, [fit.predict], task.test_x.to(place).double(), task.test_labels)
     run.save("classifier", task.name, {"weight": fit.w.float().cpu(), "bias": fit.b.float().cpu()})
     return {"value": value, "chosen": {"l2": best[1]}, "iterations": fit.iterations, "gradient": fit.gradient}
@@ -210,8 +212,7 @@ def map11(logits, labels):
         hits = label[known][score[known].argsort(descending=True, stable=True)].cumsum(0).double()
         if len(hits) and hits[-1] > 0:  # a class that occurs
             recall, precision = hits / hits[-1], hits / torch.arange(1, len(hits) + 1)
-            # recall is a ratio of whole numbers: the small number keeps 3/10 at 0.3
-            means.append(sum(precision[recall >= t / 10 - 1e-9].max().item() for t in range(11)) / 11)
+            means.append(sum(precision[recall >= t / 10].max().item() for t in range(11)) / 11)
     return sum(means) / max(1, len(means))
 
 
@@ -328,7 +329,7 @@ class Task:
     held: torch.Tensor  # the rows of those held out to choose
     test_labels: torch.Tensor
     x: torch.Tensor = None  # stored features (views, n, d); None for fresh crops
-    held_x: torch.Tensor = None  # of centre crops, as test_x
+    held_x: torch.Tensor = None  # of centre crops, as test_x; for --lr-sweep
     test_x: torch.Tensor = None
 
     @property
@@ -423,7 +424,8 @@ def fresh(args, net, images):
         for (step, rows), ((x,), bad) in zip(steps, stream, strict=True):
             refuse(bad)
             flip = torch.rand(len(rows), generator=rng(args.seed, "flip", step))[mine()] < 0.5
-            yield step, rows, net(torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(3), x))
+            x = torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(3), x)
+            yield step, rows, torch.cat([net(part) for part in x.split(256)])  # 4096 would fill a small GPU
     return features
 
 
@@ -796,7 +798,8 @@ def look(args, run, net, task, train_images, test_images):
     if args.stores:
         views = range(args.cache_views) if args.cache_views else [None]
         task.x = torch.stack([encode(args, net, train_images, transfer, view) for view in views])
-    task.held_x = encode(args, net, train_images[task.held], transfer)
+    if args.lr_sweep:
+        task.held_x = encode(args, net, train_images[task.held], transfer)
     say(f"{task.name}: {len(train_images)} training images, {len(test_images)} test, {task.classes} classes\n"
         f"  features: norm {task.test_x.norm(dim=1).mean():.4g}, standard deviation per channel "
         f"{task.test_x.std(0).mean():.4g}; {time.time() - started:.0f} s")

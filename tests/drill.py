@@ -382,8 +382,8 @@ def nodes(place, tries, flags="--epochs 5"):
                 sound(out)
                 back = Command(place.line(out, flags), agent)
                 first, second = keeper, back
-            for command in (first, second):
-                assert (code := command.wait()) == 0, f"exit code {code}: {command.said()[-3000:]}"
+            codes = [command.wait() for command in (first, second)]
+            assert codes == [0, 0], f"exit codes {codes}: {first.said()[-3000:]}\n---- the other ----\n{second.said()[-3000:]}"
             assert not lose or "resuming at step" in first.said() + second.said()
             same(out, place.whole(flags, "nproc"), 2)
     return "they give the result of one node, bit for bit; the other waits for the lost one, and both continue"

@@ -137,7 +137,10 @@ def test_no_room_for_a_checkpoint(place, how):
 
 def test_no_room_for_the_log(place):
     out = place.new()
-    said = complete(place.line(out, TWO), code=1, limit=4000)
+    complete(place.line(out, f"{TWO} --steps {EPOCH}"))
+    first, rest = (out / "log.jsonl").read_text().split("\n", 1)
+    (out / "log.jsonl").write_text(first[:-1] + f', "long": "{"x" * 98_000}"}}\n{rest}')
+    said = complete(place.line(out, TWO), code=1, limit=len(first) + 98_000 + len(rest) + 600)  # more than the script's copy
     assert said.count("cannot write") == 1 and "log.jsonl" in said and "Traceback" not in said, said
     complete(place.line(out, TWO))
     same(out, place.whole(TWO))

@@ -119,13 +119,15 @@ def test_gradient_probes_equal_a_naive_loop(protocol, schedule):
     head = probe.classifier(5, 3, args.seed)
     w, b = head.weight.detach().double(), head.bias.detach().double()
     assert 0.004 < w.std() < 0.02 and not b.any()  # N(0, 0.01)
-    vw, vb, steps = torch.zeros_like(w), torch.zeros_like(b), 90 // batch * epochs
+    vw, vb, steps, loss = torch.zeros_like(w), torch.zeros_like(b), 90 // batch * epochs, []
     for step in range(steps):
         if step % (90 // batch) == 0:
             order = torch.randperm(90, generator=rng(0, "order", step // (90 // batch)))
         rows = order[step % (90 // batch) * batch :][:batch]
         x, y = task.x[0, rows].double(), task.labels[rows]
-        p = torch.softmax(x @ w.T + b, 1) - F.one_hot(y, 3)
+        p = torch.softmax(x @ w.T + b, 1)
+        loss.append(-p[torch.arange(batch), y].log().mean().item())
+        p = p - F.one_hot(y, 3)
         gw, gb = p.T @ x / batch, p.mean(0)
         share = 0.5 * (1 + math.cos(math.pi * step / steps)) if schedule == "cosine" else 0.1 ** sum(step / steps >= s for s in (0.6, 0.8))
         if protocol == "lars":  # trust ratio 0.001 |p| / |g|, 1 where a norm is 0, for the bias too
@@ -134,6 +136,7 @@ def test_gradient_probes_equal_a_naive_loop(protocol, schedule):
         w, b = w - lr * batch / 256 * share * vw, b - lr * batch / 256 * share * vb
     close(torch.tensor(run.saved["final"]["heads"]["0.weight"]), w.float(), 1e-4, 1e-5)
     close(torch.tensor(run.saved["final"]["heads"]["0.bias"]), b.float(), 1e-4, 1e-5)
+    close([line["loss"][0] for line in run.lines], torch.tensor(loss).view(epochs, -1).mean(1), 1e-4)
 
 
 def test_sweep_trains_each_classifier_as_if_alone_and_chooses_on_held_out_images():
@@ -639,6 +642,19 @@ def test_squares_are_the_protocols_crops(tmp_path):
         expected = crop(resize(pixels, short, kind, antialias=True), 224)
         assert row == -1 and square.shape == (3, 224, 224) and (square.int() - expected.int()).abs().float().mean() < 1
         assert (square.int() - resize(pixels, [224, 224], antialias=True).int()).abs().float().mean() > 2, "not the whole image"
+
+
+@pytest.mark.parametrize("size, transfer, expected", [(224, False, (224, 0.875, False)), (224, True, (224, 1, True)), (32, False, (32, 1, False))])
+def test_which_squares_are_encoded(size, transfer, expected, monkeypatch):
+    seen, kind = [], probe.Squares
+    monkeypatch.setattr(probe, "Squares", lambda images, *how: (seen.append(how), kind(images, *how))[1])
+    net = probe.Frozen(torch.nn.Flatten(), size, False, [0.0] * 3, [1.0] * 3)
+    images = data.Images(pixels=pictures(5, 40))
+    x = probe.encode(args_of(), net, images, transfer)
+    assert seen == [expected] and x.shape == (5, 3 * size * size)
+    side = 35 if expected[1] < 1 else 40
+    whole = data.resize(images.pixels[3][:, (40 - side) // 2 :][:, :side, (40 - side) // 2 :][:, :, :side], size, transfer)
+    close(x[3], whole.float().flatten() / 255)
 
 
 # ---- whole probes ----
