@@ -151,7 +151,7 @@ def lbfgs_probe(args, run, task):
             best = value, l2, fit
     fit = fit_l2(x, labels, task.classes, *best[1:], 10 * args.max_iter)
     if fit.gradient > 1e-4:
-        say(f"warning: L-BFGS stopped short of the optimum, gradient {fit.gradient:.1g}; give more --max-iter")
+        say(f"warning: L-BFGS stopped short of the optimum, gradient {fit.gradient:.1g}; raise --max-iter")
     value, = grades(task, [fit.predict], task.test_x.to(place).double(), task.test_labels)
     run.save("classifier", task.name, {"weight": fit.w.float().cpu(), "bias": fit.b.float().cpu()})
     return {"value": value, "chosen": {"l2": best[1]}, "iterations": fit.iterations, "gradient": fit.gradient}

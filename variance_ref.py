@@ -446,7 +446,8 @@ def work(args):
     script.say(f"total variance of the baseline {base['total'] * 1e4:.2f}e-4; its limit 1/d is "
                f"{1e4 / base['d']:.2f}e-4")
     if len(order) > 1:
-        script.say(f"order: {' > '.join(order)}\npaper: {'the same' if order == paper else ' > '.join(paper)}")
+        same = "the same" if order == paper else " > ".join(paper)
+        script.say(f"order: {' > '.join(order)}\npaper: {same}")
     if script.rank() == 0:
         about = {k: getattr(plain, k) for k in ("data", "arch", "batch_size", "bn_groups", "seed")}
         about |= {"checkpoint": args.checkpoint, "method": script.Method.__name__, "images": len(images)}
