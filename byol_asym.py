@@ -15,7 +15,7 @@ The paper's finding: keep the target's variance below the source's. Each design 
 --multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2; their opposites: --help.
 --symmetrize is the original, in which each view goes through both encoders.
 
-    python byol_asym.py                                          a laptop: demo data, two minutes
+    python byol_asym.py                                          a laptop: demo data (see README)
     python byol_asym.py --data cifar10 --download                one GPU: the CIFAR recipe
     torchrun --nproc_per_node=8 byol_asym.py --data IMAGENET --epochs 200 --scalemix-src --mean-enc 2
 """

@@ -15,7 +15,7 @@ The paper's finding: keep the target's variance below the source's. Each design 
 --multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2; their opposites: --help.
 --symmetrize is the original, in which each view goes through both encoders.
 
-    python simsiam_asym.py                                       a laptop: demo data, two minutes
+    python simsiam_asym.py                                       a laptop: demo data (see README)
     python simsiam_asym.py --data cifar10 --download             one GPU: the CIFAR recipe
     torchrun --nproc_per_node=8 simsiam_asym.py --data IMAGENET --epochs 200 --scalemix-src --mean-enc 2
 """
@@ -61,8 +61,8 @@ RECIPES = {
         bn_groups=1, layers=2, hidden=512, dim=2048, knn_every=10,
         num_small=6, small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
     "demo": dict(
-        arch="tiny", img_size=32, epochs=8, batch_size=64, lr=0.12, wd=5e-4, warmup_epochs=1,
-        bn_groups=1, layers=2, hidden=512, dim=2048, knn_every=4,
+        arch="tiny", img_size=32, epochs=8, batch_size=64, lr=0.2, wd=1e-4, warmup_epochs=1,
+        bn_groups=1, layers=2, hidden=64, dim=256, knn_every=4,
         num_small=2, small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
 }
 
