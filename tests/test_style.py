@@ -50,7 +50,7 @@ def test_method_before_plumbing_and_budgets(path):
     assert plumbing <= BUDGET["plumbing"] and total - plumbing <= BUDGET["method"], (plumbing, total - plumbing)
 
 
-BUDGET = {"method": 240, "plumbing": 800, "common": 600}  # lines
+BUDGET = {"method": 240, "plumbing": 840, "common": 600}  # lines
 
 
 def test_common_budget():
@@ -97,22 +97,22 @@ def test_imports(path):
 
 
 def readme_commands():
-    """Every line of the README's code blocks that starts one of our scripts: (script, arguments)."""
+    """Every line of the README's code blocks that starts one of our scripts: (script, arguments, processes of torchrun)."""
     text = (ROOT / "README.md").read_text()
     for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("#")[0].split("&"):
                 if m := re.search(r"(\w+)\.py\b(.*)", part):
                     if any(p.stem == m[1] for p in [*SCRIPTS, *EVALUATION]):
-                        yield m[1], m[2]
+                        yield m[1], m[2], 8 if "torchrun" in line else None
 
 
 def test_readme_commands_parse():
     commands = list(readme_commands())
     assert len(commands) > 10
-    for script, rest in commands:
+    for script, rest, launched in commands:
         module = importlib.import_module(script)
         argv = [a for a in shlex.split(rest.replace("...", "")) if a not in ("|", "tee")]
         args = module.parse_args(argv)
         if "check_flags" in vars(module) and not args.device.startswith("cuda"):
-            module.check_flags(args, 8 if args.nproc == 1 and args.batch_size % 8 == 0 else args.nproc)
+            module.check_flags(args, launched or args.nproc)
