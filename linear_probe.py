@@ -73,6 +73,8 @@ def gradient_probe(args, run, task, features):
     if args.lr_sweep:
         found = learn("search", args.lr_sweep, task.rest, task.held_x, task.labels[task.held])
         lr = max(found, key=found.get)
+        if lr in (min(found), max(found)):
+            say(f"note: the chosen lr {lr:g} is at an end of the sweep; a wider --lr-sweep may do better")
     value = learn("final", [lr], torch.arange(len(task.labels)), task.test_x, task.test_labels)[lr]
     return {"value": value, "chosen": {"lr": lr}, "scores": found}
 
@@ -92,6 +94,9 @@ def train(args, run, task, features, stage, lrs, rows, judge_x, judge_labels):
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
     total, summed, judge_x = args.epochs * epoch, torch.zeros(len(lrs), device=device), judge_x.to(device)
+    if args.protocol == "lars" and max(lrs) * batch / 256 * total < 3000:  # ImageNet's: 1.6 x 28,000
+        say(f"warning: LARS moves a weight by lr x 0.001 of its norm in a step, and {total} steps are few "
+            "to grow in: use --protocol lbfgs, or --lr-sweep 1 3 10 30")
     batches = ((step, rows[i]) for step, i in global_batches(len(rows), batch, args.seed, first, total))
     for step, chosen, x in features(batches):  # x (n, d)
         labels = task.labels[chosen[mine()]].to(device)
@@ -524,7 +529,8 @@ def load_backbone(args):
         size = 224 if stem == 7 else 32
         if "encoder.pos_embedding" in state:  # a token per patch, and the class token
             size = math.isqrt(state["encoder.pos_embedding"].shape[1] - 1) * stem
-        resnets = ["tiny", *torchvision.models.list_models(torchvision.models, include="*resne*")]
+        resnets = torchvision.models.list_models(torchvision.models, include="*resne*")
+        resnets = ["resnet50", "resnet18", "tiny", *resnets]  # the likeliest first: the first that fits is it
         choice = {arch: script.parse_args(["--arch", arch, "--img-size", str(size)])
                   for arch in (["vit_tiny", "vit_small", "vit_base"] if vit else resnets)}
     arch, there, of, wrong = nearest(script, choice, state)
@@ -559,11 +565,15 @@ def nearest(script, choice, state):
     def shapes(tensors):  # some files lack BN's counters of batches, for which eval mode has no use
         return {k: tuple(v.shape) for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
 
-    with torch.device("meta"):
-        wanted = {arch: shapes(build(script, flags)[0].state_dict()) for arch, flags in choice.items()}
-    there, wrong = shapes(state), []
-    arch = min(choice, key=lambda arch: len(wanted[arch].items() ^ there.items()))
-    wanted = wanted[arch]
+    there, found = shapes(state), []
+    for arch, flags in choice.items():
+        with torch.device("meta"):
+            wanted = shapes(build(script, flags)[0].state_dict())
+        found.append((len(wanted.items() ^ there.items()), arch, wanted))
+        if wanted == there:
+            break
+    _, arch, wanted = min(found, key=lambda entry: entry[0])
+    wrong = []
     other = {k for k in there.keys() & wanted.keys() if there[k] != wanted[k]}
     for what, names in (("missing", wanted.keys() - there.keys()), ("surplus", there.keys() - wanted.keys()),
                         ("of another shape", other)):

@@ -172,7 +172,7 @@ def summary(sums, views, v0=None):
     return {**{k: value.item() for k, value in x.items()}, "d": sums.shape[1], "v_i": v.tolist()}, v
 
 
-HEAD = ("design         v e-4  unbiased   d v   v/v0  v/total   v - v0, paired         paper: v e-4  v/v0  "
+HEAD = ("design          v e-4  unbiased   d v   v/v0  v/total   v - v0, paired         paper: v e-4  v/v0  "
         "prefers")
 
 
@@ -181,7 +181,7 @@ def row(name, x, paper, prefers):
     change = "same" if abs(delta) < 2 * se else "up" if delta > 0 else "down"
     change = "" if name == "baseline" else f"{delta:+.3f} +- {se:.3f} {change}"
     paper = f"{paper:12.1f}  {paper / 8.5:4.2f}  {prefers}" if paper else ""
-    return (f"{name:13s}{x['v'] * 1e4:7.3f}  {x['unbiased'] * 1e4:8.3f}  {x['v'] * x['d']:.3f}  "
+    return (f"{name:14s}{x['v'] * 1e4:7.3f}  {x['unbiased'] * 1e4:8.3f}  {x['v'] * x['d']:.3f}  "
             f"{x['ratio']:5.2f}  {x['share']:7.3f}   {change:23s}{paper}").rstrip()
 
 
@@ -220,7 +220,7 @@ def plot_designs(results, path):
             axis.axvline(v.mean().item(), color=colour, linestyle=":")
         axis.set(title=title, xlabel="intra-image variance (1e-4)", ylim=(0, 1),
                  xlim=(0, max(v.quantile(0.995).item() for v in shown.values())))
-        axis.legend(loc="lower right", fontsize=8, handlelength=1)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=9, handlelength=1, frameon=False)
     axes[0, 0].set_ylabel("share of images")
     save(figure, path)
 

@@ -360,9 +360,10 @@ def test_a_file_loads_exactly_and_names_what_is_missing_surplus_or_other(name, e
         changed = dict(inner)
         change(changed)
         torch.save({**found, "state_dict": changed} if "state_dict" in found else changed, path)
-        message = refuse(capsys, path, "--data", "demo", "--out", tmp_path / "out")
-        assert expected in message and "nearest architecture: " in message
-    assert not (tmp_path / "out").exists()
+        with pytest.raises(SystemExit):
+            probe.load_backbone(args)
+        message = capsys.readouterr().err
+        assert expected in message and "does not fit resnet50, the nearest architecture: " in message
 
 
 def test_architecture_stem_and_size_are_recognised(tmp_path):
@@ -700,6 +701,8 @@ def test_a_probe_on_fresh_crops_resumes_exactly(run_folder, tmp_path, monkeypatc
     monkeypatch.setattr(probe.Run, "save", save)
     main(*argv, tmp_path / "b")
     assert result(tmp_path / "a") == result(tmp_path / "b")
+    lines = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()[1:]]
+    assert [(x["stage"], x["epoch"]) for x in lines] == list(itertools.product(("search", "final"), (1, 2, 3, 4))), "went on, not anew"
     name = next((tmp_path / "a").glob("final-*.pt")).name
     a, b = (torch.load(tmp_path / x / name, weights_only=True)["heads"] for x in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
