@@ -202,19 +202,21 @@ OPS = {  # shears are about the upper left corner, as PIL's; translations reach 
 # ---- crops and ScaleMix ----
 
 def crop_boxes(n, height, width, scale, generator):
-    """RandomResizedCrop's law: boxes (n, 4) of top, left, height, width in pixels. Share of the area uniform,
-    ratio log-uniform in [3/4, 4/3], ten tries, then the largest central box of an allowed ratio."""
+    """RandomResizedCrop's law: boxes (n, 4) of top, left, height, width in pixels. Share of the area uniform
+    in scale (two numbers, or a row of two for each box), ratio log-uniform in [3/4, 4/3], ten tries, then the
+    largest central box of an allowed ratio."""
     u = torch.rand(n, 22, generator=generator)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, :10])
+    scale, image = torch.tensor(scale, dtype=torch.double).view(-1, 2), torch.tensor([[height], [width]])
+    area = height * width * (scale[:, :1].float() + scale.diff(dim=1).float() * u[:, :10])
     ratio = ((2 * u[:, 10:20] - 1) * math.log(4 / 3)).exp()
-    w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    none, first = ~fits.any(1), (torch.arange(n), fits.int().argmax(1))
-    w = torch.where(none, min(width, round(height * 4 / 3)), w[first])
-    h = torch.where(none, min(height, round(width * 4 / 3)), h[first])
-    top = torch.where(none, (height - h) // 2, (u[:, 20] * (height - h + 1)).long())
-    left = torch.where(none, (width - w) // 2, (u[:, 21] * (width - w + 1)).long())
-    return torch.stack([top, left, h, w], 1)
+    tries = torch.stack([area / ratio, area * ratio]).sqrt().round().long()  # (2, n, 10): heights, widths
+    fits = ((tries > 0) & (tries <= image[:, None])).all(0)
+    central = torch.tensor([[min(height, round(width * 4 / 3))], [min(width, round(height * 4 / 3))]])
+    none, size = ~fits.any(1), tries[:, torch.arange(n), fits.int().argmax(1)]
+    size = torch.where(none, central, size)  # (2, n)
+    room = image - size
+    corner = torch.where(none, room // 2, (u[:, 20:].T * (room + 1)).long())
+    return torch.cat([corner, size]).T
 
 
 def crop_batch(images, boxes, size, bicubic=False):

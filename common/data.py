@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
 
 from common.augment import crop_batch, crop_boxes, rng
 
@@ -56,32 +55,38 @@ class Images:
         paths = None if self.paths is None else self.paths[rows.numpy()]
         return replace(self, pixels=take(self.pixels), paths=paths, labels=take(self.labels))
 
-    def decode(self, row):
+    def decode(self, row, shrink=None):
         """Image number row as uint8 (3, h, w), and the row it really is: one that cannot be read is replaced
-        by the next that can, so that processes and resumed runs agree."""
+        by the next that can, so that processes and resumed runs agree. shrink: as for read_image()."""
         if self.pixels is not None:
             return self.pixels[row], row
         for i in range(100):
             there = (row + i) % len(self)
             try:
-                return read_image(os.fsdecode(self.paths[there])), there
+                return read_image(os.fsdecode(self.paths[there]), shrink), there
             except Exception:  # PIL raises nearly anything on a broken file; the caller names it
                 continue
         raise DataError(f"no readable image among the 100 from {os.fsdecode(self.paths[row])} on")
 
 
-def read_image(path):
-    """An image file as uint8 (3, h, w): grey repeated, alpha dropped, CMYK converted, 16 bits scaled to 8."""
+def read_image(path, shrink=None):
+    """An image file as uint8 (3, h, w): grey repeated, alpha dropped, CMYK converted, 16 bits scaled to 8.
+
+    shrink(height, width), if given, says how many times smaller the image may come: by 2, 4 or 8 a JPEG file
+    is decoded in a fraction of the time."""
     if not os.path.isfile(path):  # a pipe would block
         raise FileNotFoundError(path)
     with Image.open(path) as image:
         if math.prod(image.size) > Image.MAX_IMAGE_PIXELS:  # PIL only warns
             raise Image.DecompressionBombError(path)
+        if shrink and (times := int(shrink(image.height, image.width))) > 1:
+            image.draft(None, (image.width // times, image.height // times))
         if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
             image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
         elif "transparency" in image.info:  # PIL warns of some palettes when alpha is dropped at once
             image = image.convert("RGBA")
-        return pil_to_tensor(image.convert("RGB"))
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 # ---- loading ----
 
@@ -234,12 +239,20 @@ class Crops(torch.utils.data.Dataset):
         self.images, self.crops, self.seed = images, crops, seed
 
     def __getitem__(self, key):
-        step, row = key
-        image, really = self.images.decode(row)
-        generator, out = rng(self.seed, "crops", step, row), []
-        for crop in self.crops:
-            top, left, h, w = crop_boxes(1, *image.shape[1:], crop.scale, generator)[0].tolist()
-            out.append(resize(image[:, top : top + h, left : left + w], crop.size, crop.bicubic))
+        (step, row), boxes, full = key, [], 1
+
+        def shrink(height, width):  # boxes keep twice the size of their crops, lest these blur
+            nonlocal boxes, full
+            generator, full = rng(self.seed, "crops", step, row), height
+            scales = [crop.scale for crop in self.crops]
+            boxes = crop_boxes(len(scales), height, width, scales, generator).tolist()
+            return min(min(box[2:]) / crop.size / 2 for box, crop in zip(boxes, self.crops, strict=True))
+
+        image, really = self.images.decode(row, shrink)
+        out, times = [], full / image.shape[1]
+        for (top, left, h, w), crop in zip(boxes, self.crops, strict=True):
+            top, bottom, left, right = (round(x / times) for x in (top, top + h, left, left + w))
+            out.append(resize(image[:, top:bottom, left:right], crop.size, crop.bicubic))
         return out, row if really != row else -1
 
 
@@ -254,7 +267,7 @@ class Centres(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, row):
-        image, _ = self.images.decode(row)
+        image, _ = self.images.decode(row, lambda h, w: min(h, w) * 224 / 256 / self.size / 2)
         h, w = image.shape[1:]
         side = min(h, w) if self.size <= 64 else round(min(h, w) * 224 / 256)
         top, left = (h - side) // 2, (w - side) // 2

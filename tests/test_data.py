@@ -218,6 +218,26 @@ def test_crops_and_centres_equal_torchvision(both):
             assert (got * 255 - want).abs().max() < 1.1, kind
 
 
+def test_large_jpeg_files_are_decoded_at_a_lower_resolution(tmp_path, monkeypatch):
+    """Where the crops are small beside the image, and to nearly the crops of the whole; else not at all."""
+    low = torch.randn(1, 3, 9, 12, generator=rng(1, "photograph"))
+    x = ((torch.nn.functional.interpolate(low, (1201, 1603), mode="bicubic")[0] * 0.2 + 0.5).clamp(0, 1) * 255).byte()
+    Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "a.jpg", quality=95)
+    x, images, seen = read_image(tmp_path / "a.jpg"), data.scan(str(tmp_path)), []
+    read = lambda path, shrink: seen.append(read_image(path, shrink).shape[1]) or read_image(path, shrink)
+    monkeypatch.setattr(data, "read_image", read)
+    for size, scale, rows in ((64, (0.2, 1.0), {301}), (160, (0.2, 1.0), {601}), (64, (0.01, 0.02), {1201}), (320, (0.2, 1.0), {1201})):
+        crops, generator = [Crop(size, scale)] * 2, rng(3, "crops", 0, 0)
+        got, bad = data.Crops(images, crops, 3)[0, 0]
+        for crop in got:
+            top, left, h, w = crop_boxes(1, 1201, 1603, scale, generator)[0].tolist()
+            want = TF.resized_crop(x, top, left, h, w, [size] * 2, InterpolationMode.BILINEAR, antialias=True)
+            assert (crop.float() - want).abs().mean() < (2 if rows != {1201} else 1e-6), size
+        assert {seen.pop()} == rows and bad == -1
+    (centre,), want = data.centres(images, 224, 0, "cpu"), TF.resized_crop(x, 75, 276, 1051, 1051, [224, 224], antialias=True)
+    assert (centre[0] * 255 - want).abs().mean() < 2 and seen.pop() == 601
+
+
 def test_sigterm_ends_a_worker_late(monkeypatch):
     """Not at once, as the training process has a step to finish; but surely, or its exit could hang."""
     monkeypatch.setattr(signal, "alarm", lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds / 30))
