@@ -267,7 +267,7 @@ class Centres(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, row):
-        image, _ = self.images.decode(row, lambda h, w: min(h, w) * 224 / 256 / self.size / 2)
+        image, _ = self.images.decode(row)
         h, w = image.shape[1:]
         side = min(h, w) if self.size <= 64 else round(min(h, w) * 224 / 256)
         top, left = (h - side) // 2, (w - side) // 2

@@ -235,7 +235,7 @@ def test_large_jpeg_files_are_decoded_at_a_lower_resolution(tmp_path, monkeypatc
             assert (crop.float() - want).abs().mean() < (2 if rows != {1201} else 1e-6), size
         assert {seen.pop()} == rows and bad == -1
     (centre,), want = data.centres(images, 224, 0, "cpu"), TF.resized_crop(x, 75, 276, 1051, 1051, [224, 224], antialias=True)
-    assert (centre[0] * 255 - want).abs().mean() < 2 and seen.pop() == 601
+    assert (centre[0] * 255 - want).abs().max() < 1.1 and seen.pop() == 1201  # evaluation sees the whole
 
 
 def test_sigterm_ends_a_worker_late(monkeypatch):

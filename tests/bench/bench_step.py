@@ -1,0 +1,175 @@
+"""Where a training step's time goes, for each script and design: the networks' own forward and backward, and the rest.
+
+    python tests/bench/bench_step.py                                     six scripts, the demo recipe, one thread
+    python tests/bench/bench_step.py --scripts mocov2_asym --designs     MoCo v2 with each design
+    python tests/bench/bench_step.py --recipe small --batch-size 64
+    python tests/bench/bench_step.py --recipe imagenet --device cuda --amp bf16 --channels-last        on a GPU
+
+"networks": the same backbones, projectors and predictor with torch's own BatchNorm on views that are there already,
+source forward and backward, target forward. Everything else is overhead: crops and augmentation of images in memory
+(crops and views), the target's EMA, virtual-device BatchNorm, loss, queue and shuffle (the method), optimiser and logging.
+A step is taken apart as train() takes it; on a GPU by waiting for the device after each part, and "waits" counts
+the places in a step without logging at which the host waits for the device."""
+
+import argparse
+import copy
+import importlib
+import itertools
+import statistics
+import time
+import warnings
+
+import torch
+import torch.nn.functional as F
+from bench import machine, measure, table
+from pool import SCRIPTS, pictures
+
+from common import data
+from common.augment import rng
+
+DESIGNS = ("", "--multicrop-src", "--scalemix-src", "--asym-aug", "--aug-src strong", "--asym-bn", "--mean-enc 2",
+           "--multicrop-src --asym-bn --mean-enc 2")
+PARTS = ("crops", "views", "EMA", "method", "optimiser", "logging")
+
+
+class Stepper:
+    """One training run, a step at a time, with the seconds of each part of a step."""
+
+    def __init__(self, name, flags, cli):
+        self.script, self.device = importlib.import_module(name), torch.device(cli.device)
+        batch = ["--batch-size", str(cli.batch_size)] if cli.batch_size else []
+        self.args = a = self.script.parse_args(["--data", "none", "--recipe", cli.recipe, *batch, *flags.split()])
+        a.autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cli.amp]
+        a.peak_lr = a.lr * a.batch_size / 256
+        torch.manual_seed(0)
+        self.model = self.script.Method(a).to(self.device)
+        if cli.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.optimizer = self.script.Method.optimizer(a, self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cli.amp == "fp16")
+        self.images = data.Images(pictures(2 * a.batch_size, 32 if a.img_size <= 64 else a.img_size), stats=data.HALF)
+        self.plan, self.steps, self.layout = self.script.plan_views(a), itertools.count(), cli.channels_last
+        steps = ((s, torch.arange(a.batch_size) + s % 2 * a.batch_size) for s in itertools.count())
+        self.stream = data.stream(self.images, self.script.planned_crops(self.plan), steps, 0, 0, 1, 0, self.device)
+        self.seconds, self.mark = {part: [] for part in ("views", "crops", "EMA", "rest", "optimiser", "logging")}, 0.0
+        self.views = self.make_views(0)
+        self.plain, self.grouped = copy.deepcopy(self.model), copy.deepcopy(self.model)
+        for bn in (m for m in self.plain.modules() if isinstance(m, self.script.BatchNorm)):
+            bn.forward = lambda x, bn=bn: torch_batch_norm(bn, x)
+
+    def lap(self, part):
+        now = clock(self.device)
+        if part:
+            self.seconds[part].append(now - self.mark)
+        self.mark = now
+
+    def make_views(self, step):
+        self.lap(None)
+        crops, _ = next(self.stream)
+        self.lap("crops")
+        generator = rng(0, "views", step)
+        sides = self.script.make_views(self.plan, crops, self.args.batch_size, generator, self.images.stats)
+        if self.layout:
+            sides = [[[x.contiguous(memory_format=torch.channels_last) for x in bag] for bag in bags] for bags in sides]
+        self.lap("views")
+        return *sides, generator
+
+    def step(self):
+        """What train() does between two lines of its log, and the logging's share of one step."""
+        step = next(self.steps)
+        src, tgt, generator = self.make_views(step)
+        self.script.update_target(self.model.target, self.model.source, 0.99)  # forward() does it once more, below
+        self.lap("EMA")
+        loss, spreads = self.model(src, tgt, 0.99, generator)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.lap("rest")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.lap("optimiser")
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        [x.item() for x in (loss, *spreads.values(), torch.nn.utils.get_total_norm(grads))]
+        self.lap("logging")
+
+    def networks(self, model):
+        """The networks' own work on this step's views; with self.plain without virtual devices."""
+        src, tgt, _ = self.views
+        predictor = getattr(model, "predictor", torch.nn.Identity())
+        z = [predictor(model.source(torch.cat(bag))) for bag in src]
+        with torch.no_grad():
+            [model.target(torch.cat(bag)) for bag in tgt]
+        model.zero_grad()
+        sum(x.square().mean() for x in z).backward()
+        clock(self.device)
+
+    def waits(self):
+        """How often a step without logging waits for the GPU, as far as torch tells."""
+        if self.device.type != "cuda":
+            return "-"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            crops, _ = next(self.stream)
+            generator = rng(0, "views", 0)
+            sides = self.script.make_views(self.plan, crops, self.args.batch_size, generator, self.images.stats)
+            self.model(*sides, 0.99, generator)[0].backward()
+            self.optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchron" in str(w.message) for w in caught)
+
+
+def torch_batch_norm(bn, x):
+    bn.num_batches_tracked.add_(1)
+    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def row(name, flags, cli):
+    s = Stepper(name, flags, cli)
+    times = measure({"step": s.step, "plain": lambda: s.networks(s.plain), "grouped": lambda: s.networks(s.grouped)},
+                    cli.repeats, lambda: clock(s.device))
+    parts = {k: statistics.median(v[-cli.repeats:]) for k, v in s.seconds.items()}
+    own = statistics.median(times["plain"])
+    parts["logging"] /= s.args.log_every  # logged once in so many steps
+    parts["method"] = max(0.0, parts.pop("rest") - parts["EMA"] - own)  # forward() holds an EMA
+    whole = own + sum(parts.values())
+    bn = statistics.median(b / a for a, b in zip(times["plain"], times["grouped"], strict=True))
+    groups = s.args.bn_groups
+    return [f"{name.removesuffix('_asym')} {flags}".strip(), s.args.batch_size, f"{s.args.batch_size / whole:.0f}",
+            f"{1e3 * whole:.0f}", f"{own / whole:.0%}", *(f"{parts[k] / whole:.1%}" for k in PARTS),
+            f"{1 - own / whole:.1%}", f"{bn:.2f}" if groups > 1 else "1 group", s.waits()]
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=SCRIPTS)
+    p.add_argument("--designs", action="store_true", help="each design, not only the baseline")
+    p.add_argument("--flags", default="", help="more flags of the scripts, in one string")
+    p.add_argument("--recipe", choices=("demo", "small", "imagenet"), default="demo")
+    p.add_argument("--batch-size", type=int, help="default: the recipe's")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
+    p.add_argument("--channels-last", action="store_true", help="networks and views in channels-last layout")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--repeats", type=int, default=9)
+    cli = p.parse_args()
+    machine(cli.threads, cli.device)
+    if cli.channels_last or cli.amp != "off":
+        print(f"amp {cli.amp}{', channels-last' * cli.channels_last}; compare with a run without\n")
+    rows = [[f"{cli.recipe} recipe", "batch", "img/s", "ms", "networks", *PARTS, "overhead", "BN", "waits"]]
+    for name in cli.scripts:
+        for design in DESIGNS if cli.designs else ("",):
+            groups = "--bn-groups 8" if "bn" in design and name != "mocov2_asym" else ""
+            rows.append(row(name, f"{design} {groups} {cli.flags}".strip(), cli))
+    table(rows)
+    print("BN: networks with virtual-device BatchNorm / with torch's. Median of", cli.repeats, "interleaved repeats.")
+
+
+if __name__ == "__main__":
+    main()
