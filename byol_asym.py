@@ -869,8 +869,8 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
-def spawn(argv, nproc):
-    """--nproc: what torchrun --nproc_per_node does, without its restarts."""
+def spawn(argv, nproc, child):
+    """--nproc: what torchrun --nproc_per_node does, without its restarts. child: what each process runs."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -1001,7 +1001,7 @@ def main(argv=None):
     check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other; drop one")
     check_flags(args, int(os.environ.get("WORLD_SIZE", args.nproc)))
     if args.nproc > 1:
-        return spawn(argv, args.nproc)
+        return spawn(argv, args.nproc, child)
     guard(args)
 
 

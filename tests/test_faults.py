@@ -414,7 +414,7 @@ def test_every_way_out_releases_everything(place, script, tmp_path, capsys, monk
             return None
 
     run(script, f"{line}/0", capsys)  # opens what stays open, such as multiprocessing's
-    before = held()
+    before, segments = held(), shared_memory()
     for number, (code, act) in enumerate(((0, lambda: None), (143, lambda: os.kill(os.getpid(), signal.SIGTERM)),
                                           (2, (images / "class1" / "001.png").unlink),
                                           (2, lambda: images.rename(tmp_path / "elsewhere")))):
@@ -422,10 +422,171 @@ def test_every_way_out_releases_everything(place, script, tmp_path, capsys, monk
             at_step(patch, script, 1, act)
             assert run(script, f"{line}/{number + 1} --epochs 4 --strict-images", capsys)[0] == code
         assert held() == before, number
-    assert not shared_memory()
+    assert shared_memory() <= segments
 
 
 def test_days_to_go_are_hours(script, tmp_path, capsys):
     run = script.Run(helper.small_args(script, f"--out {tmp_path}"), {}, 0)
     run.log({"step": 1, "epoch": 0.0, "loss": 1.0, "chance": 1.0, "std_src": 1.0, "std_tgt": 1.0, "img_s": 1.0, "eta_s": 100_000.9})
     assert "eta 27:46:40" in capsys.readouterr().out
+
+
+# ---- the probe, and the variance of encodings ----
+
+
+@pytest.fixture(scope="module")
+def checkpoint(place):
+    return place.whole(TWO) / "last.pt"
+
+
+PROBE = "--protocol sgd --lr 0.3 --batch-size 8 --epochs 3 --device cpu"
+
+
+def probe_line(place, checkpoint, out, more=PROBE):
+    return f"{checkpoint} --data {place.images} --out {out} --workers 1 {more}"
+
+
+def probed(out):
+    """The result of a probe, its log without times and the weights it keeps."""
+    lines = log_lines(out)
+    result = json.loads((out / "result.json").read_text())["results"]
+    assert not list(out.glob("*.tmp"))
+    return result, lines, {k: v.tolist() for p in sorted(out.glob("*.pt")) for k, v in drill.tensors(torch.load(p)).items()}
+
+
+@pytest.fixture(scope="module")
+def probe_whole(place, checkpoint):
+    out = place.new()
+    complete(probe_line(place, checkpoint, out), script="linear_probe")
+    assert [x["epoch"] for x in log_lines(out)] == [1, 2, 3]
+    return probed(out)
+
+
+def epoch_of(out):
+    return len((out / "log.jsonl").read_text().splitlines()) - 1 if (out / "log.jsonl").exists() else -1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_probe_that_is_stopped_continues(place, checkpoint, probe_whole, number):
+    """The group gets the signal, as from a terminal, except kill -9. The log has each epoch once."""
+    out = place.new()
+    command = Command(probe_line(place, checkpoint, out), script="linear_probe")
+    assert command.until(lambda: epoch_of(out) >= 1), command.said()
+    (os.kill if number == signal.SIGKILL else os.killpg)(command.process.pid, number)
+    assert command.wait() == (-number if number == signal.SIGKILL else 128 + number), command.said()
+    assert "Traceback" not in command.said() and not (out / "result.json").exists()
+    assert number == signal.SIGKILL or command.said().count(f"{number.name}: stopped; the same command continues") == 1
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"data": "half a li')
+    complete(probe_line(place, checkpoint, out), script="linear_probe")
+    assert probed(out) == probe_whole
+
+
+def test_a_probe_killed_between_log_and_checkpoint(place, checkpoint, probe_whole, monkeypatch):
+    """The epoch that is done again is not logged twice; no half-written file has a name that counts."""
+    out, save = place.new(), torch.save
+
+    def killed(state, path):
+        save(state, path)
+        if state.get("step", 0) > 6:  # the second save
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed)
+        assert Command(probe_line(place, checkpoint, out), script="linear_probe").wait() == -signal.SIGKILL
+    assert epoch_of(out) >= 2 and list(out.glob("final*.tmp"))
+    complete(probe_line(place, checkpoint, out), script="linear_probe")
+    assert probed(out) == probe_whole
+
+
+def test_a_probe_whose_search_is_killed_logs_each_l2_once(place, checkpoint):
+    lines = [probe_line(place, checkpoint, place.new(), "--protocol lbfgs --knn-k 5 --max-iter 20 --device cpu") for _ in range(2)]
+    outs = [Path(line.split()[4]) for line in lines]
+    complete(lines[0], script="linear_probe")
+    command = Command(lines[1], script="linear_probe")
+    assert command.until(lambda: epoch_of(outs[1]) >= 3), command.said()
+    command.process.kill()
+    assert command.wait() == -signal.SIGKILL and not (outs[1] / "result.json").exists()
+    complete(lines[1], script="linear_probe")
+    assert len(log_lines(outs[0])) == 45 and probed(outs[0]) == probed(outs[1])
+
+
+@pytest.mark.parametrize("fault", ["log.jsonl", "final"])
+def test_no_room_for_a_probe(place, checkpoint, probe_whole, fault):
+    """A limit to the size of files stands for a full disk."""
+    out, more = place.new(), f"{PROBE} --workers 0"
+    if fault == "final":  # of the folder's files, the largest
+        complete(probe_line(place, checkpoint, out, f"{more} --epochs 3"), script="linear_probe")
+        limit = next(out.glob("final*")).stat().st_size - 100
+        assert all(p.stat().st_size < limit for p in out.iterdir() if p.name[:5] != "final")
+        out = place.new()
+    else:
+        limit = 1000
+    said = complete(probe_line(place, checkpoint, out, more), code=1, limit=limit, script="linear_probe")
+    assert said.count("cannot write") == 1 and fault in said and "Traceback" not in said, said
+    complete(probe_line(place, checkpoint, out), script="linear_probe")
+    assert probed(out) == probe_whole
+
+
+def test_a_probe_that_cannot_write_or_read(place, checkpoint, probe_whole, capsys, tmp_path):
+    def refused(line, code=2):
+        capsys.readouterr()
+        assert helper.train("linear_probe", line) == code
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("linear_probe: "), said
+        return said
+
+    (tmp_path / "file").touch()
+    assert "Not a directory" in refused(probe_line(place, checkpoint, tmp_path / "file" / "out"))
+    out = tmp_path / "out"
+    complete(probe_line(place, checkpoint, out), script="linear_probe")
+    (out / "result.json").unlink()
+    kept = next(out.glob("final-*.pt"))
+    for bad in (kept.read_bytes()[:700], b"", pickle.dumps(Code(tmp_path / "executed"))):
+        kept.write_bytes(bad)
+        assert "remove it" in refused(probe_line(place, checkpoint, out)) and not (tmp_path / "executed").exists()
+    kept.unlink()
+    complete(probe_line(place, checkpoint, out), script="linear_probe")
+    assert probed(out) == probe_whole
+    cut = tmp_path / "last.pt"
+    for bad in (checkpoint.read_bytes()[:5000], b"", pickle.dumps(Code(tmp_path / "executed"))):
+        cut.write_bytes(bad)
+        refused(probe_line(place, cut, tmp_path / "other"))
+        assert not (tmp_path / "executed").exists() and not (tmp_path / "other").exists()
+
+
+def test_the_probes_other_process_says_so_in_a_line(place, checkpoint, probe_whole):
+    out = place.new()
+    command = Command(probe_line(place, checkpoint, out), "pair", script="linear_probe")
+    assert command.until(lambda: epoch_of(out) >= 1), command.said()
+    os.kill(command.trainers()[1], signal.SIGKILL)
+    assert command.wait() == 128 + signal.SIGKILL
+    assert "lost another process" in command.said() and "Traceback" not in command.said()
+    complete(probe_line(place, checkpoint, out), script="linear_probe")
+    result, lines, _ = probed(out)
+    assert [x["epoch"] for x in lines] == [1, 2, 3] and result.keys() == probe_whole[0].keys()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_measurement_of_variance_that_is_stopped_leaves_nothing_half_done(place, checkpoint, tmp_path, number):
+    outs = [tmp_path / f"{name}.json" for name in "ab"]
+    line = f"{checkpoint} --data {place.images}/class0 --device cpu --views 4 --designs baseline,scalemix,strong --workers 1 --out"
+    complete(f"{line} {outs[0]}", script="variance_ref")
+    before = checkpoint.read_bytes()
+    command = Command(f"{line} {outs[1]}", script="variance_ref")
+    assert command.until(lambda: "baseline  " in command.said()), command.said()
+    os.kill(command.process.pid, number)
+    assert command.wait() == (-number if number == signal.SIGKILL else 128 + number)
+    assert not outs[1].exists() and "Traceback" not in command.said() and checkpoint.read_bytes() == before
+    complete(f"{line} {outs[1]}", script="variance_ref")
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_no_room_for_a_measurement_of_variance(place, checkpoint, tmp_path):
+    out = tmp_path / "v.json"
+    line = f"{checkpoint} --data {place.images}/class0 --device cpu --views 2 --designs baseline,strong,weak --workers 0 --out {out}"
+    complete(line, script="variance_ref")
+    before = out.read_bytes()
+    said = complete(line, code=1, limit=len(before) - 50, script="variance_ref")
+    assert f"--out {out} cannot be written" in said and "Traceback" not in said and out.read_bytes() == before
