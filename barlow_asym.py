@@ -749,8 +749,7 @@ class Run:
 
     def __init__(self, args, about, bad):
         self.out, self.step, self.signal, self.launcher = Path(args.out), 0, 0, os.getppid()
-        self.lock = None
-        self.bad, self.skipped = bad, 0  # unreadable images that this process met; steps that fp16 skipped
+        self.lock, self.bad, self.skipped = None, bad, 0  # bad images met here; steps that fp16 skipped
         self.about = json.loads(json.dumps(about))  # tuples become lists, as they do in the file
 
     def open(self, args, model, optimizer, scaler):
@@ -877,8 +876,8 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
-def spawn(argv, nproc):
-    """--nproc: what torchrun --nproc_per_node does, without its restarts."""
+def spawn(argv, nproc, child):
+    """--nproc: what torchrun --nproc_per_node does, without its restarts. child: what each process runs."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -903,7 +902,12 @@ def child(index, argv, nproc, port):
                       MASTER_PORT=str(port))
     torch.set_num_threads(max(1, CORES // nproc))
     mp.set_start_method(None, force=True)  # loader workers start as ever; spawned, each would import torch
-    guard(parse_args(argv))
+    code = 0
+    try:
+        guard(parse_args(argv))
+    except SystemExit as e:
+        code = e.code
+    raise SystemExit(code)  # now the frames, and with them the loader's workers, are gone: no wait for them
 
 
 def join_processes(args):
@@ -923,6 +927,7 @@ def guard(args):
     try:
         work(args)
     except data.DataError as e:  # a loader worker's comes with its traceback
+        e.__traceback__ = None  # whose frames hold the workers: the exit would wait for them
         stop(str(e).splitlines()[-1].split("DataError: ")[-1])
     except KeyboardInterrupt:  # before train() listens to signals
         raise SystemExit(128 + signal.SIGINT) from None
@@ -931,6 +936,7 @@ def guard(args):
             stop(f"out of memory ({reason(e)}); use a smaller --batch-size or --img-size", 1)
         if not any(word in str(e) for word in ("gloo", "NCCL", "DataLoader worker")):
             raise
+        e.__traceback__ = None
         stop(f"lost another process ({reason(e)}); the same command continues from last.pt", 1)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1002,7 +1008,7 @@ def main(argv=None):
     check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other; drop one")
     check_flags(args, int(os.environ.get("WORLD_SIZE", args.nproc)))
     if args.nproc > 1:
-        return spawn(argv, args.nproc)
+        return spawn(argv, args.nproc, child)
     guard(args)
 
 

@@ -27,7 +27,7 @@ import math
 import os
 import pickle
 import re
-import socket
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +38,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -46,8 +45,8 @@ import torchvision
 from common import data
 from common.augment import rng
 from common.lars import LARS
-from mocov2_asym import (CORES, all_sum, count, dashed, gather, global_batches, join_processes, knn,
-                         lr_factor, mine, near, number, rank, world_size)
+from mocov2_asym import (CORES, SIGNALS, all_sum, count, dashed, gather, global_batches, join_processes, knn,
+                         lr_factor, mine, near, number, rank, reason, spawn, world_size)
 
 # ============================================================================== protocols
 PROTOCOLS = {  # lr: per 256 images. Epochs and schedule of sgd are our choice, the paper is silent
@@ -90,7 +89,10 @@ def train(args, run, task, features, stage, lrs, rows, judge_x, judge_labels):
     else:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     state = run.restore(stage, task.name) or {"step": 0}
-    if first := state["step"]:
+    first = state["step"]
+    run.forget(lambda line: (line.get("data"), line.get("stage")) == (task.name, stage)
+               and line["epoch"] > first // epoch)
+    if first:
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
     total, summed, judge_x = args.epochs * epoch, torch.zeros(len(lrs), device=device), judge_x.to(device)
@@ -99,6 +101,7 @@ def train(args, run, task, features, stage, lrs, rows, judge_x, judge_labels):
             "to grow in: use --protocol lbfgs, or --lr-sweep 1 3 10 30")
     batches = ((step, rows[i]) for step, i in global_batches(len(rows), batch, args.seed, first, total))
     for step, chosen, x in features(batches):  # x (n, d)
+        heed(args)
         labels = task.labels[chosen[mine()]].to(device)
         loss = torch.stack([losses(head(x), labels).mean() for head in heads])
         optimizer.zero_grad()
@@ -146,9 +149,11 @@ def grades(task, heads, x, labels):
 
 def lbfgs_probe(args, run, task):
     """l2 by the held-out images; then a fit on all training images, begun at the chosen one."""
+    run.forget(lambda line: line.get("data") == task.name)  # a stopped search begins again
     place = "cpu" if args.place.type == "mps" else args.place  # mps has no float64
     x, labels, fit, best = task.x[0].to(place).double(), task.labels.to(place), None, None
     for l2 in L2_SWEEP:
+        heed(args)
         fit = fit_l2(x[task.rest], labels[task.rest], task.classes, l2, fit, args.max_iter)
         value, = grades(task, [fit.predict], x[task.held], labels[task.held])
         run.log({"data": task.name, "l2": l2, "held_out": value, "iterations": fit.iterations}, show=False)
@@ -411,6 +416,7 @@ def encode(args, net, images, transfer, view=None):
         squares = Squares(part, net.size, share, transfer or net.bicubic)
         workers = args.workers if part.pixels is None else 0
         for x, unreadable in data.loader(squares, workers, args.place, batch_size=256):
+            heed(args)
             bad += [os.fsdecode(part.paths[row]) for row in unreadable.tolist() if row >= 0]
             parts.append(net(x.to(args.place).float() / 255).cpu())
         refuse(bad)
@@ -638,7 +644,7 @@ def parse_args(argv):
         parts += [k if v is True or v == "" else f"{k}={v}"] * (k not in MAY_DIFFER)
     ours = path.stem in ("last", "backbone", "backbone_target")
     args.out = args.out or "-".join(["runs/linear_probe", *[path.parent.name] * ours, path.stem, *parts])
-    args.given = set(given)
+    args.given, args.signal = set(given), 0  # signal: the number of one that came, see heed()
     return args
 
 
@@ -694,34 +700,40 @@ class Run:
 
     def __init__(self, args, about):
         self.out, self.results = Path(args.out), {}
-        flags = {k: v for k, v in vars(args).items() if k not in ("given", "place")}
+        flags = {k: v for k, v in vars(args).items() if k not in ("given", "place", "signal")}
         self.about = json.loads(json.dumps({"args": flags, "backbone": about, "torch": torch.__version__}))
-        ours, result = self.out / "args.json", self.out / "result.json"
+        ours, result, self.file = (self.out / name for name in ("args.json", "result.json", "log.jsonl"))
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if rank() == 0 and args.overwrite:
-                for path in (ours, result, self.out / "log.jsonl", *self.out.glob("*.pt")):
+                for path in (ours, result, self.file, *self.out.glob("*.pt")):
                     path.unlink(missing_ok=True)
             all_sum(torch.zeros(1))  # wait for rank 0
             old = json.loads(ours.read_text()) if ours.exists() else self.about
             pairs = [(k, old[part].get(k), v) for part in ("args", "backbone")
                      for k, v in self.about[part].items() if k not in MAY_DIFFER]
             self.results = json.loads(result.read_text())["results"] if result.exists() else {}
+            fresh = not ours.exists()
             all_sum(torch.zeros(1))  # all have looked
         except Exception as e:  # a foreign file raises nearly anything
             stop(f"--out {self.out} cannot be used ({type(e).__name__}: {e}); use another, or --overwrite")
         differ = ", ".join(f"{k} {a} there, {b} here" for k, a, b in pairs if a != b)
         check(not differ, f"--out {self.out} holds another probe ({differ}); use another, or --overwrite")
-        if not ours.exists():
-            self.log({"command": sys.argv, **self.about}, show=False)
+        if fresh:
+            begin = json.dumps({"command": sys.argv, **self.about}) + "\n"
+            self.write("log.jsonl", lambda path: path.write_text(begin))
             self.write("args.json", lambda path: path.write_text(json.dumps(self.about, indent=1)))
 
     def path(self, what, name):
         return self.out / f"{what}-{Path(name).name}.pt"
 
     def restore(self, what, name):
+        """What save() wrote, or None."""
         path = self.path(what, name)
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        except Exception as e:  # a truncated or foreign file raises nearly anything
+            stop(f"{path} cannot be used ({reason(e)}); remove it, and the same command makes it again")
 
     def save(self, what, name, state):
         self.write(self.path(what, name).name, lambda path: torch.save(state, path))
@@ -731,23 +743,33 @@ class Run:
         text = json.dumps({**self.about, "results": self.results}, indent=1)
         self.write("result.json", lambda path: path.write_text(text))
 
-    def write(self, name, how):
-        """Writes aside, then renames: a reader finds the old file or the new one, never a part of it."""
-        path, aside = self.out / name, self.out / f"{name}.tmp"
+    def write(self, name, how, aside=".tmp"):
+        """Rank 0 writes aside, then renames: a reader finds the old file or the new one, never a part of it.
+        If it cannot, all processes stop."""
+        error, path = "", self.out / name
         try:
             if rank() == 0:
-                how(aside)
-                os.replace(aside, path)
+                how(part := self.out / (name + aside))
+                os.replace(part, path)
         except (OSError, RuntimeError) as e:
-            aside.unlink(missing_ok=True)
-            stop(f"cannot write {path} ({e}); make room, or use another --out", 1)
+            error = reason(e)
+        if all_sum(torch.tensor(len(error))):
+            stop(f"cannot write {path} ({error}); make room, or use another --out", 1)
 
     def log(self, entry, show=True):
-        if rank() == 0:
-            with open(self.out / "log.jsonl", "a") as f:
+        def append(path):
+            with open(path, "a") as f:
                 f.write(json.dumps(entry) + "\n")
+
+        self.write("log.jsonl", append, aside="")
         if show:
             say("  " + "  ".join(f"{k} {brief(v)}" for k, v in entry.items()))
+
+    def forget(self, repeated):
+        """Takes from the log what will be done again, and the half line that a killed process leaves."""
+        lines = self.file.read_text().splitlines() if rank() == 0 and self.file.exists() else []
+        lines = [x for x in lines if x.endswith("}") and not repeated(json.loads(x))]
+        self.write("log.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
 
 
 def work(args):
@@ -852,30 +874,40 @@ def report(args, run, absent):
 
 
 # ============================================================================== launch
-def spawn(argv, nproc):
-    """--nproc: what torchrun --nproc_per_node does, without its restarts."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    try:
-        mp.spawn(child, (argv, nproc, port), nproc)
-    except mp.ProcessExitedException as e:
-        raise SystemExit(e.exit_code if e.exit_code > 0 else 128 - e.exit_code) from None
-
-
 def child(index, argv, nproc, port):
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(nproc), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     torch.set_num_threads(max(1, CORES // nproc))
-    guarded(parse_args(argv))
+    code = 0
+    try:
+        guarded(parse_args(argv))
+    except SystemExit as e:
+        code = e.code
+    raise SystemExit(code)  # now the frames, and with them the loader's workers, are gone: no wait for them
+
+
+def heed(args):
+    """Ends this process if it got a signal. Between batches: within one, loader workers complain."""
+    if args.signal:
+        stop(f"{signal.Signals(args.signal).name}: stopped; the same command continues", 128 + args.signal)
 
 
 def guarded(args):
+    """work(), and one line instead of a traceback where it ends by no fault of the program."""
+    before = {s: signal.signal(s, lambda number, frame: setattr(args, "signal", number)) for s in SIGNALS}
     try:
         work(args)
-    except KeyboardInterrupt:
-        stop("interrupted; the same command continues", 130)
+    except data.DataError as e:  # a loader worker's comes with its traceback
+        e.__traceback__ = None  # whose frames hold the workers: the exit would wait for them
+        stop(str(e).splitlines()[-1].split("DataError: ")[-1])
+    except RuntimeError as e:
+        if not any(word in str(e) for word in ("gloo", "NCCL", "DataLoader worker")):
+            raise
+        e.__traceback__ = None
+        stop(f"lost another process ({reason(e)}); the same command continues", 1)
     finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -887,7 +919,7 @@ def main(argv=None):
     check(kind in ("cpu", "cuda", "mps"), f"--device {args.device} is unknown; use cpu, cuda or mps")
     check(kind != "cuda" or gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc)),
           f"--device {args.device}: torch sees {gpus} GPU(s); use --device cpu, or fewer processes")
-    return spawn(argv, args.nproc) if args.nproc > 1 else guarded(args)
+    return spawn(argv, args.nproc, child) if args.nproc > 1 else guarded(args)
 
 
 if __name__ == "__main__":

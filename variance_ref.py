@@ -121,7 +121,6 @@ def load_script(name):
     script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     script.METHOD, script.work = METHOD, work  # METHOD begins its messages
-    script.child, script.scripts_child = child, script.child
     return script
 
 
@@ -452,7 +451,9 @@ def work(args):
         about = {k: getattr(plain, k) for k in ("data", "arch", "batch_size", "bn_groups", "seed")}
         about |= {"checkpoint": args.checkpoint, "method": script.Method.__name__, "images": len(images)}
         try:
-            Path(args.out).write_text(json.dumps({**about, "views": args.views, "designs": results}))
+            part = Path(f"{args.out}.tmp")  # aside, then renamed: never half a file
+            part.write_text(json.dumps({**about, "views": args.views, "designs": results}))
+            os.replace(part, args.out)
         except OSError as e:
             stop(f"--out {args.out} cannot be written ({e})", 1)
         if args.plot:
@@ -463,7 +464,7 @@ def child(*rank_and_argv):
     """What --nproc starts: the scripts' own child(), which calls parse_args() and work() by name."""
     script = load_script(SCRIPTS[0])
     script.parse_args = parse_args
-    script.scripts_child(*rank_and_argv)
+    script.child(*rank_and_argv)
 
 
 def check(good, message):
@@ -486,12 +487,8 @@ def main(argv=None):
         return plot_theory(found[2], args.plot) if args.plot else None
     check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other; drop one")
     if args.nproc > 1:
-        return prepare(args)[0].spawn(argv, args.nproc)
-    try:
-        work(args)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        return prepare(args)[0].spawn(argv, args.nproc, child)
+    load_script(SCRIPTS[0]).guard(args)
 
 
 if __name__ == "__main__":

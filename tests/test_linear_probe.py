@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -95,6 +96,9 @@ class NoRun:
 
     def log(self, entry, show=True):
         self.lines.append(entry)
+
+    def forget(self, repeated):
+        pass
 
     def save(self, what, name, state):
         self.saved[what] = json.loads(json.dumps(state, default=lambda t: t.tolist()))
@@ -693,7 +697,7 @@ def test_a_probe_on_fresh_crops_resumes_exactly(run_folder, tmp_path, monkeypatc
         def interrupted(self, what, name, state, stage=stage):
             save(self, what, name, state)
             if what == stage and state["step"] == 6:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
         monkeypatch.setattr(probe.Run, "save", interrupted)
         with pytest.raises(SystemExit) as stopped:
             main(*argv, tmp_path / "b")
@@ -711,7 +715,7 @@ def test_a_probe_on_fresh_crops_resumes_exactly(run_folder, tmp_path, monkeypatc
 def test_stored_features_are_not_computed_twice(run_folder, tmp_path, monkeypatch):
     argv = [run_folder, *flags("lbfgs"), "--out", tmp_path]
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "learn", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(probe, "learn", lambda args, *rest: (os.kill(os.getpid(), signal.SIGTERM), probe.heed(args)))
         with pytest.raises(SystemExit):
             main(*argv)
     monkeypatch.setattr(probe, "encode", None)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import time
 import pool as helper
 import pytest
 import torch
+import torch.multiprocessing as mp
 from pool import ROOT, SCRIPTS, Pool, class_tree, close, free_port, in_group, log_lines, part, saved, tensors
 from torch import nn
 
@@ -333,6 +335,28 @@ def test_the_same_command_again(method, tree, tmp_path, capsys):
 
 
 # ---- real commands ----
+
+
+def loaders_method(method):
+    """How loader workers are started in a child of --nproc, here itself one that was spawned."""
+    script, found = importlib.import_module(method), []
+    guard, script.guard = script.guard, lambda args: found.append(mp.get_start_method())
+    method, threads = mp.get_start_method(), torch.get_num_threads()
+    try:
+        script.child(0, "--data demo".split(), 1, free_port())
+    except SystemExit as e:
+        assert not e.code
+    finally:
+        script.guard = guard  # and all else as it was, since this process has other jobs to do
+        mp.set_start_method(method, force=True)
+        torch.set_num_threads(threads)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+    return found
+
+
+def test_children_of_nproc_start_loader_workers_as_one_process_does(pool):
+    assert pool.run(1, loaders_method, "mocov2_asym") == [[multiprocessing.get_all_start_methods()[0]]]
 
 
 def command(method, line, *launcher):
