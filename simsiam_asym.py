@@ -882,6 +882,9 @@ def spawn(argv, nproc, child):
         while not context.join():
             pass
     except mp.ProcessExitedException as e:
+        if e.exit_code < 0:  # it could not speak, and the others may have been ended before they could
+            print(f"{Path(sys.argv[0]).stem}: process {e.error_index} died ({e.signal_name}); the same "
+                  "command continues", file=sys.stderr, flush=True)
         raise SystemExit(e.exit_code if e.exit_code > 0 else 128 - e.exit_code) from None
 
 
@@ -959,10 +962,7 @@ def work(args):
     model = Method(args).to(device)
     optimizer = Method.optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-
-    def size(tensors):
-        return sum(t.numel() for t in tensors) / 1e6
-
+    size = lambda tensors: sum(t.numel() for t in tensors) / 1e6
     backbone, heads, steps = size(model.source.backbone.parameters()), size(model.parameters()), n // batch
     say(f"{METHOD}, {args.recipe} recipe: {args.data}, {n} images, {len(images.classes) or 'no'} classes\n"
         f"  {args.arch}, {backbone:.2f} M parameters; all encoders and heads {heads:.2f} M; buffers "

@@ -28,7 +28,8 @@ SENSIBLE = {  # values that a user may mean; mocov2's, which the other scripts s
     "--recipe": ["demo", "small", "imagenet", "large"], "--data-root": ["nowhere"], "--nproc": [1, 3, 16],
     "--show-views": ["views.png", "nowhere/views.png", "views.xyz"],
 }
-STRANGE = ["nan", "inf", "-inf", "1e400", "", " ", "x", "-3", "0", "0x10", "1_000", "1e3", "١٢", "2**3", "9" * 30, "--", "😀"]
+STRANGE = ["1_000", "9" * 30, "nan", "inf", "-inf", "1e400", "", " ", "x", "-3", "0", "0x10", "1e3", "١٢", "2**3", "--", "😀"]
+LABOUR = "--mean-enc", "--mean-enc-src", "--num-small", "--img-size"  # 1,000 of these are no mistake, but hours
 SECONDS = 120  # after which a case hangs
 
 
@@ -47,7 +48,7 @@ def command(dice, parser, places):
         value = dice.choice(SENSIBLE.get(name, [1, 0.5, 0]))
         words = [str(v) for v in (value if isinstance(value, tuple) else [value])]
         if dice.random() < 0.15 and not dangerous(name):
-            words[dice.randrange(len(words))] = dice.choice(STRANGE)
+            words[dice.randrange(len(words))] = dice.choice(STRANGE[2:] if name in LABOUR else STRANGE)
         argv += [f"{name}={words[0]}"] if len(words) == 1 and dice.random() < 0.5 else [name, *words]
     if dice.random() < 0.05:
         argv.insert(dice.randrange(len(argv)), dice.choice(["--mean-ecn", "--arhc=tiny", "surplus", "-v", "--no-download"]))
