@@ -10,6 +10,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -307,11 +308,14 @@ def centres(images, size, workers, device, batch=256):
 def loader(dataset, workers, device, **batches):
     batches |= {"num_workers": workers, "pin_memory": torch.device(device).type == "cuda"}
     own = torch.Generator()  # else it would draw from the global one
-    return torch.utils.data.DataLoader(dataset, worker_init_fn=deaf, generator=own, **batches)
+    begin = partial(begin_worker, parent=os.getpid())
+    return torch.utils.data.DataLoader(dataset, worker_init_fn=begin, generator=own, **batches)
 
 
-def deaf(worker):
+def begin_worker(worker, parent):
     """Signals are the training process's to answer. SIGTERM, Python's way to end workers, acts late."""
+    if os.getppid() != parent:  # killed just now; torch looks for that later, and would wait for ever
+        raise SystemExit
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # seconds; if it never did, exits could hang

@@ -243,7 +243,8 @@ def test_sigterm_ends_a_worker_late(monkeypatch):
     monkeypatch.setattr(signal, "alarm", lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds / 30))
     fork = multiprocessing.get_context("fork")
     ready = fork.Event()
-    worker = fork.Process(target=lambda: (data.deaf(0), ready.set(), time.sleep(20)))
+    parent = os.getpid()
+    worker = fork.Process(target=lambda: (data.begin_worker(0, parent), ready.set(), time.sleep(20)))
     worker.start(), ready.wait(10)
     [os.kill(worker.pid, s) for s in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)]
     worker.join(0.4)
@@ -317,3 +318,10 @@ def test_real_images(tmp_path, archive, size):
     assert len(images) == 8 and (images.pixels is None) == (size == 224)
     assert not bad and a[0].shape == (8, 3, size, size) and all(map(torch.equal, a, b))
     assert a[0].std() > 0.1 and 0 <= a[0].min() and a[0].max() <= 1
+
+
+def test_a_worker_whose_parent_was_killed_before_it_began_ends(monkeypatch):
+    """torch looks only whether its parent changes from then on, so such a worker would wait for ever."""
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with pytest.raises(SystemExit):
+        data.begin_worker(0, parent=os.getpid())
