@@ -44,6 +44,7 @@ import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -599,6 +600,7 @@ def parse_args(argv):
     p = make_parser()
     args = p.parse_args(argv)
     given = {k: v for k, v in vars(args).items() if v != p.get_default(k)}
+    check([] not in given.values(), "-- is no value of a flag")  # what argparse makes of --lr=--
     multicrop, sync_bn = args.multicrop_src or args.multicrop_tgt, args.asym_bn or args.sync_bn_src
     useless = {"num_small", "small_size", "small_scale", "large_scale"} & given.keys()
     check(multicrop or not useless, f"{dashed(useless)}: no --multicrop-src or --multicrop-tgt to act on")
@@ -1002,7 +1004,11 @@ def join_processes(args):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, r, world = next(rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it holds what dead processes wrote
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=r, world_size=world)
     return device
 
 
