@@ -448,7 +448,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-count, share = number(int, 1), number(float, 0, 1)
+count, share = number(int, 1, 2**31 - 1), number(float, 0, 1)
 
 
 def make_parser():

@@ -77,7 +77,8 @@ class Fork(multiprocessing.get_context("fork").Process):
     def launch(self):
         """The least of launchers: two forks, which return from here; it ends with the exit code of the first that fails."""
         ranks = []
-        os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
         for r in range(2):
             if not (pid := os.fork()):
                 os.environ.update(RANK=str(r), LOCAL_RANK=str(r))
@@ -184,10 +185,10 @@ def last_step(out):
         return -1
 
 
-def complete(line, how="fork", code=0, script=SCRIPT, **options):
+def complete(line, how="fork", code=0, script=SCRIPT, timeout=600, **options):
     """Runs a command to its end, and returns what it said."""
     command = Command(line, how, script, **options)
-    found = command.wait()
+    found = command.wait(timeout)
     assert found == code, f"exit code {found}, not {code}: {command.said()[-3000:]}"
     return command.said()
 

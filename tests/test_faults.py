@@ -142,6 +142,18 @@ def test_processes_whose_launcher_died_save_and_end(place):
     drill.launcher(place, 1, hows=("pair",))
 
 
+def test_a_restart_by_torchrun_does_not_meet_the_dead(place):
+    """Its agent's store outlives the processes, and holds the addresses of those before."""
+    out, port = place.new(), helper.free_port()
+    agent = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    env = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for count, steps in ((0, 3), (1, 99)):
+        line = place.line(out, f"{TWO} --workers 0 --steps {steps}")
+        complete(line, "pair", env={**env, "TORCHELASTIC_RESTART_COUNT": str(count)}, timeout=120)
+    assert agent.num_keys() > 4
+    same(out, place.whole(TWO, "pair"), 2)
+
+
 def test_overwrite_does_not_act_again_when_torchrun_restarts(place, script, whole, capsys, monkeypatch):
     out = place.new()
     line = place.line(out, f"{TWO} --workers 0 --overwrite")
