@@ -634,6 +634,8 @@ def parse_args(argv):
     p = make_parser()
     args = p.parse_args(argv)
     given = {k: v for k, v in vars(args).items() if v != p.get_default(k) and k != "checkpoint"}
+    empty = [k for k, v in given.items() if v == [] and k != "lr_sweep"]  # what argparse makes of --lr=--
+    check(not empty, f"{dashed(empty)}: -- is no value; give one, or leave the flag out")
     check(not (args.data and args.transfer), "--data and --transfer exclude each other; drop one")
     check(args.lr is None or args.lr_sweep is None, "--lr and --lr-sweep exclude each other; drop one")
     if args.workers is None:

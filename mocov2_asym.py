@@ -487,7 +487,8 @@ def parse_args(argv):
     p = make_parser()
     args = p.parse_args(argv)
     given = {k: v for k, v in vars(args).items() if v != p.get_default(k)}
-    check([] not in given.values(), "-- is no value of a flag")  # what argparse makes of --lr=--
+    empty = [k for k, v in given.items() if v == []]  # what argparse makes of --lr=--
+    check(not empty, f"{dashed(empty)}: -- is no value; give one, or leave the flag out")
     multicrop, sync_bn = args.multicrop_src or args.multicrop_tgt, args.asym_bn or args.sync_bn_src
     useless = {"num_small", "small_size", "small_scale", "large_scale"} & given.keys()
     check(multicrop or not useless, f"{dashed(useless)}: no --multicrop-src or --multicrop-tgt to act on")
@@ -982,9 +983,7 @@ def main(argv=None):
     args = parse_args(argv)
     check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other; drop one")
     check_flags(args, int(os.environ.get("WORLD_SIZE", args.nproc)))
-    if args.nproc > 1:
-        return spawn(argv, args.nproc, child)
-    guard(args)
+    return spawn(argv, args.nproc, child) if args.nproc > 1 else guard(args)
 
 
 if __name__ == "__main__":

@@ -398,6 +398,8 @@ def whole(low):
 
 def parse_args(argv):
     args = make_parser().parse_args(argv)
+    empty = ["--" + k.replace("_", "-") for k, v in vars(args).items() if v == []]  # argparse's for --seed=--
+    check(not empty, f"{' '.join(empty)}: -- is no value; give one, or leave the flag out")
     check(args.theory != bool(args.checkpoint), "give a checkpoint, or --theory and none")
     return args
 

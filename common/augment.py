@@ -206,7 +206,8 @@ def crop_boxes(n, height, width, scale, generator):
     in scale (two numbers, or a row of two for each box), ratio log-uniform in [3/4, 4/3], ten tries, then the
     largest central box of an allowed ratio."""
     u = torch.rand(n, 22, generator=generator)
-    scale, image = torch.tensor(scale, dtype=torch.double).view(-1, 2), torch.tensor([[height], [width]])
+    image, scale = torch.tensor([[height], [width]]), torch.tensor(scale, dtype=torch.double).view(-1, 2)
+    # their difference in double: 1 - 0.2 in float would not be the float nearest to 0.8
     area = height * width * (scale[:, :1].float() + scale.diff(dim=1).float() * u[:, :10])
     ratio = ((2 * u[:, 10:20] - 1) * math.log(4 / 3)).exp()
     tries = torch.stack([area / ratio, area * ratio]).sqrt().round().long()  # (2, n, 10): heights, widths

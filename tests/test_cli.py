@@ -130,6 +130,16 @@ def test_wrong_flags_are_refused_before_any_work(script, folder, capsys, tmp_pat
     assert not any(tmp_path.iterdir()), "nothing was written"
 
 
+@pytest.mark.parametrize("script, argv", [*((s, ["--seed=--"]) for s in SCRIPTS), ("linear_probe", ["x", "--max-iter=--"]),
+                                          ("variance_ref", ["x", "--views=--"])])
+def test_two_dashes_are_no_value(script, argv, capsys):
+    """argparse makes an empty list of them, which no check of a type sees."""
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(script).parse_args(argv)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.count("\n") == 1 and argv[-1][:-3] + ": -- is no value; give one" in said
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_data_is_refused_before_any_work(script, folder, capsys, tmp_path, monkeypatch):
     module = importlib.import_module(script)

@@ -28,12 +28,12 @@ def step(flags, batch=64, repeats=5):
     return statistics.median(measure({"step": Stepper("mocov2_asym", flags, cli).step}, repeats)["step"])
 
 
-def growth(heads, works, costs, unit=1e3):
-    """Prints costs beside the amounts of work, and how both grow from row to row."""
+def growth(heads, works, costs):
+    """Prints costs, in seconds, as ms beside the amounts of work, and how both grow from row to row."""
     rows = [[*heads, "x work", "x cost"]]
     for i, (work, cost) in enumerate(zip(works, costs, strict=True)):
         more = [f"{x[i] / x[i - 1]:.2f}" if i and x[i - 1] else "" for x in (works, costs)]
-        rows.append([str(work), f"{unit * cost:.2f}", *more])
+        rows.append([str(work), f"{1e3 * cost:.2f}", *more])
     table(rows)
 
 

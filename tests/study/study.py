@@ -120,8 +120,7 @@ def read(path):
 
 
 def wanted(cells, seeds, base_seeds):
-    """The runs that the cells need, each once: all baselines first, then seed by seed, so that every seed is complete
-    when time runs out."""
+    """The runs that the cells need, each once, seed by seed, so that when time runs out some seeds are complete."""
     runs = {}
     for seed in range(max(seeds, base_seeds)):
         for cell in cells:
@@ -138,7 +137,8 @@ def command(cell, seed, recipe, data):
         micro = micro.split(" --epochs")[0]
     small = SMALL_CROPS.get(recipe, "") if "multicrop" in cell.flags else ""
     where = "" if data == "demo" else f"--data {shlex.quote(data)}"
-    return " ".join([f"{cell.script}.py", *f"{micro} {small} {where} {cell.flags} --seed {seed} --knn-every 1000".split()])
+    parts = [f"{cell.script}.py", micro, small, where, cell.flags, f"--seed {seed} --knn-every 1000"]
+    return " ".join(part for part in parts if part)
 
 
 def run(cell, seed, args):
@@ -204,10 +204,10 @@ def differences(cells, runs, measure="linear"):
 
 
 def pooled_variance(groups):
-    """Variance of a value around its group's mean, over all groups of values, with its degrees of freedom."""
+    """Variance of a value around its group's mean, over all groups of values; nan where no group has two."""
     freedom = sum(len(g) - 1 for g in groups if g)
     squares = sum((x - statistics.fmean(g)) ** 2 for g in groups if g for x in g)
-    return (squares / freedom if freedom else math.nan), freedom
+    return squares / freedom if freedom else math.nan
 
 
 def binomial_tail(k, n):
@@ -217,22 +217,21 @@ def binomial_tail(k, n):
 
 @dataclass
 class Delta:
-    """A cell's difference from its baseline, in points: mean over n seeds, and the standard error from the pooled variance."""
+    """A cell's difference from its baseline, in points: mean over seeds, and its standard error from the pooled variance."""
 
     mean: float
     se: float
-    n: int
 
     def __str__(self):
-        return f"{self.mean:+.1f} ± {self.se:.1f}"
+        return f"{self.mean:+.1f} ± " + ("?" if math.isnan(self.se) else f"{self.se:.1f}")
 
 
 def deltas(cells, runs, measure):
     """cell -> Delta, of those cells that have runs."""
     found = {c: d for c, d in differences(cells, runs, measure).items() if d}
     distinct = {(c.script, c.flags): d for c, d in found.items()}  # the same runs in two cells count once
-    variance, _ = pooled_variance(list(distinct.values()))
-    return {c: Delta(statistics.fmean(d), math.sqrt(variance / len(d)), len(d)) for c, d in found.items()}
+    variance = pooled_variance(list(distinct.values()))
+    return {c: Delta(statistics.fmean(d), math.sqrt(variance / len(d))) for c, d in found.items()}
 
 
 def expected(cell):
@@ -353,15 +352,21 @@ def draw(name, cells, found, points, runs, args):
     print(f"drawn: {stem}-{name}.png, {stem}-{name}-claim.png\n")
 
 
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--table", choices=TABLES, help="which cells")
     p.add_argument("--report", action="store_true", help="run nothing; print and draw what there is")
     p.add_argument("--data", default="demo", help="demo, a data set, or a folder")
     p.add_argument("--recipe", choices=RECIPES, default="micro")
-    p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each cell")
-    p.add_argument("--base-seeds", type=int, default=6, help="of MoCo v2's baseline")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    p.add_argument("--seeds", type=positive, default=3, help="seeds 0, 1, ... of each cell")
+    p.add_argument("--base-seeds", type=positive, default=6, help="of MoCo v2's baseline")
+    p.add_argument("--jobs", type=positive, default=2, help="runs at a time, of one thread each")
     p.add_argument("--budget-minutes", type=float, default=math.inf, help="begin no run after that time")
     p.add_argument("--work", default="runs/study", help="where the runs' folders go")
     args = p.parse_args(argv)
