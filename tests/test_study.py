@@ -37,10 +37,10 @@ def test_every_cell_is_a_command_that_the_script_takes(name, recipe):
 
 
 def test_wrong_numbers_and_odd_folders(capsys):
-    for flags in ("--table sec4 --jobs 0", "--table sec4 --seeds 0", "--seeds 3"):
+    for flags in ("--table sec4 --jobs 0", "--table sec4 --seeds 0", "--seeds 3", "--report --rows MeanEnc", "--table sec4 --rows Mean X"):
         with pytest.raises(SystemExit):
             study.main(flags.split())
-        assert re.search("0 is less than 1|give --table to run it", capsys.readouterr().err)
+        assert re.search("0 is less than 1|give --table|--rows X: no row begins so; there are MultiCrop", capsys.readouterr().err)
     line = study.command(study.SEC4[0], 0, "micro", "my  photos")
     assert shlex.split(line)[shlex.split(line).index("--data") + 1] == "my  photos"
 
@@ -50,6 +50,13 @@ def test_wanted_has_each_run_once_and_seed_by_seed():
     assert len(jobs) == len({study.key(*job) for job in jobs}) == 22 * 3 + 3
     seeds = [seed for _, seed in jobs]
     assert seeds == sorted(seeds) and seeds.count(0) == 22 and seeds[-3:] == [3, 4, 5]
+
+
+def test_rows():
+    cells = study.chosen(study.SEC4, ["MeanEnc", "Weaker"], argparse.ArgumentParser())
+    assert {c.flags for c in cells} == {"", "--aug-src weak", "--aug-tgt weak", "--aug-src weak --aug-tgt weak", "--mean-enc 2", "--mean-enc 3",
+                                        "--mean-enc-src 3", "--mean-enc-src 2 --mean-enc 2"}
+    assert study.chosen(study.SEC4, None, argparse.ArgumentParser()) == study.SEC4
 
 
 def fake(cell, seed):

@@ -3,7 +3,7 @@
     python tests/study/study.py --table sec4 --seeds 3 --jobs 2       trains and probes what is missing; hours
     python tests/study/study.py --table 2 --budget-minutes 60         begins no run after that time
     python tests/study/study.py --report                              the tables beside the paper's; figures, with matplotlib
-    python tests/study/study.py --table sec4 --data photos --jobs 2   images of a folder instead of the demo data
+    python tests/study/study.py --table sec4 --rows MultiCrop ScaleMix --data photos      images of a folder; some rows only
 
 A run is one command line of a script and one of linear_probe.py, in one thread; both are written, with what came out, as
 a line to results/DATA.jsonl. Runs that are there are not repeated; one that was interrupted continues. A cell's
@@ -352,6 +352,14 @@ def draw(name, cells, found, points, runs, args):
     print(f"drawn: {stem}-{name}.png, {stem}-{name}-claim.png\n")
 
 
+def chosen(cells, rows, parser):
+    """The cells of the rows whose names begin with one of rows, and the baselines; all without rows."""
+    for name in rows or []:
+        if not any(c.row.startswith(name) for c in cells):
+            parser.error(f"--rows {name}: no row begins so; there are {', '.join(dict.fromkeys(c.row for c in cells))}")
+    return [c for c in cells if rows is None or c.is_base or c.row.startswith(tuple(rows))]
+
+
 def positive(text):
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
@@ -361,6 +369,7 @@ def positive(text):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--table", choices=TABLES, help="which cells")
+    p.add_argument("--rows", nargs="+", metavar="ROW", help="only rows of the table whose names begin so")
     p.add_argument("--report", action="store_true", help="run nothing; print and draw what there is")
     p.add_argument("--data", default="demo", help="demo, a data set, or a folder")
     p.add_argument("--recipe", choices=RECIPES, default="micro")
@@ -372,12 +381,15 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.table and not args.report:
         p.error("nothing to do: give --table to run it, or --report")
+    if args.rows and not args.table:
+        p.error("--rows are of a table: give --table too")
+    tables = {name: chosen(cells, args.rows, p) for name, cells in TABLES.items() if args.table in (None, name)}
     args.work = str(Path(args.work, results_file(args).stem).absolute())
     if not args.report:
-        study(TABLES[args.table], args)
+        study(tables[args.table], args)
         return
-    for name in [args.table] if args.table else TABLES:
-        report(name, TABLES[name], args)
+    for name, cells in tables.items():
+        report(name, cells, args)
 
 
 if __name__ == "__main__":
