@@ -83,7 +83,8 @@ def test_differences_are_paired_by_seed():
 def test_runs_in_several_cells_count_once():
     twice = [*study.COMPOSITIONS, *study.COMPOSITIONS]
     runs = {study.key(c, s): fake(c, s) for c in twice for s in range(2)}
-    assert len(study.claim(twice, runs)) == 6
+    assert len(study.claim(twice, runs, "own")) == 6 and not study.claim(twice, runs, "base")
+    assert study.mean_ratio([{"v_base": {"v_src": 1.0, "v_tgt": v}} for v in (2.0, 8.0)], "base") == pytest.approx(4)
     one = study.deltas(study.COMPOSITIONS, runs, "linear")
     assert {c: d.se for c, d in study.deltas(twice, runs, "linear").items()} == {c: d.se for c, d in one.items()}
 
@@ -128,7 +129,11 @@ def test_one_run(tmp_path, monkeypatch):
     args = options(tmp_path, data=str(class_tree(tmp_path / "images")))
     cell = next(c for c in study.SEC4 if c.flags == "--multicrop-src")
     line = study.run(cell, 1, args)
-    (folder,) = (tmp_path / "work").iterdir()
+    base = study.run(study.SEC4[0], 1, args)
+    folder = study.folder(cell.script, cell.flags, 1, args)
+    assert {p.name for p in (tmp_path / "work").iterdir()} == {folder.name, "mocov2_asym-seed1"}
+    v_base, v = (study.variances_on_baseline(c, 1, args) for c in (study.SEC4[0], cell))
+    assert v_base["v_src"] == base["v_src"] != base["v_tgt"] and v["v_src"] > 1.05 * v_base["v_src"]
     log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     assert line["steps"] == 8 and line["knn"] == 100 * log[-1]["knn"] and line["v_src"] == log[-1]["v_src"] > 0
     assert 0 <= line["linear"] <= 100 and log[0]["args"]["small_size"] == 8 and log[0]["args"]["seed"] == 1

@@ -13,6 +13,7 @@ micro, the default recipe, is the demo recipe made so small that a run takes abo
 the baseline alone, before any design was tried (results/micro.txt), and is left as it is."""
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+sys.path.append(str(ROOT))  # the scripts
 EPOCHS = 7  # of the micro recipe
 RECIPES = {"micro": f"--recipe demo --img-size 24 --epochs {EPOCHS}", "demo": "--recipe demo", "small": "--recipe small"}
 SMALL_CROPS = {"micro": "--small-size 12"}  # keeps the ratio to the large ones
@@ -141,9 +143,13 @@ def command(cell, seed, recipe, data):
     return " ".join(part for part in parts if part)
 
 
+def folder(script, flags, seed, args):
+    return Path(args.work, "-".join([script, *flags.replace("--", "").split(), f"seed{seed}"]))
+
+
 def run(cell, seed, args):
     """Trains and probes once, and returns the line for the results. An interrupted run continues in its folder."""
-    out = Path(args.work, "-".join([cell.script, *cell.flags.replace("--", "").split(), f"seed{seed}"]))
+    out = folder(cell.script, cell.flags, seed, args)
     line = command(cell, seed, args.recipe, args.data)
     probe = f"linear_probe.py {shlex.quote(str(out))} --max-iter 30"
     environment, begun = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}, time.time()
@@ -159,6 +165,23 @@ def run(cell, seed, args):
     return {"script": cell.script, "flags": cell.flags, "seed": seed, "linear": 100 * result["value"],
             "knn": 100 * log[-1]["knn"], **last, "steps": log[-1]["step"], "seconds": round(time.time() - begun),
             "command": f"python {line}", "probe": "python linear_probe.py RUN --max-iter 30", "versions": log[0]["versions"]}
+
+
+def variances_on_baseline(cell, seed, args):
+    """v_src and v_tgt of a cell's designs, both with the trained source encoder of its baseline, as the paper measures its
+    designs (Sec. 7): a run's own encoders have learned to keep its own variance low."""
+    import torch
+
+    script, data = importlib.import_module(cell.script), importlib.import_module("common.data")
+    torch.set_num_threads(1)
+    flags = script.parse_args(shlex.split(command(cell, seed, args.recipe, args.data))[1:])
+    flags.autocast, flags.peak_lr = None, flags.lr * flags.batch_size / 256
+    model = script.Method(flags)
+    model.load_state_dict(torch.load(folder(cell.script, cell.base, seed, args) / "last.pt", weights_only=True)["model"])
+    model.target.load_state_dict(model.source.state_dict())
+    images, _, _ = data.load(flags.data, flags.data_root)
+    with torch.no_grad():
+        return script.variances(flags, model, script.plan_views(flags), images, torch.device("cpu"))
 
 
 def study(cells, args):
@@ -184,6 +207,12 @@ def study(cells, args):
         left = list(pool.map(work, missing)).count(False)
     if left:
         print(f"time is up: {left} runs are left; the same command continues")
+    there = read(path)
+    for c, s in wanted(cells, args.seeds, args.base_seeds):
+        line = there.get(key(c, s), {"v_base": None})
+        if "v_base" not in line and (folder(c.script, c.base, s, args) / "last.pt").exists():
+            line["v_base"] = variances_on_baseline(c, s, args)
+    path.write_text("".join(json.dumps(r) + "\n" for r in there.values()))
 
 
 def results_file(args):
@@ -253,18 +282,18 @@ def report(name, cells, args):
     if not linear:
         return print(f"table {name}: no runs in {results_file(args)}; study.py --table {name} makes them\n")
     print(f"## Table {name}, {args.data}, {args.recipe} recipe\n")
-    print("| row | cell | paper | paper Δ | ours: linear | Δ ± SE | kNN | Δ ± SE | v_src, 1e-4 | v_tgt / v_src | seeds | signs: linear, kNN |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| row | cell | paper | paper Δ | ours: linear | Δ ± SE | kNN | Δ ± SE | v_tgt / v_src: own, baseline's | seeds | signs: linear, kNN |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for c in cells:
         mine = [r for (script, flags, _), r in runs.items() if (script, flags) == (c.script, c.flags)]
         if not mine:
-            print(f"| {c.row} | {c.place} | {shown(c.paper)} | | not run | | | | | | | |")
+            print(f"| {c.row} | {c.place} | {shown(c.paper)} | | not run | | | | | | |")
             continue
-        mean = {k: statistics.fmean(r[k] for r in mine) for k in ("linear", "knn", "v_src")}
-        ratio = math.exp(statistics.fmean(math.log(r["v_tgt"] / r["v_src"]) for r in mine))
+        mean = {k: statistics.fmean(r[k] for r in mine) for k in ("linear", "knn")}
+        own, base = (mean_ratio(mine, which) for which in ENCODERS)
         signs = ", ".join("agrees" if d[c].mean * expected(c) > 0 else "**differs**" for d in (linear, knn) if c in d)
         print(f"| {c.row} | {c.place} | {shown(c.paper)} | {'' if c.is_base else shown(c.paper_delta, '+')} | {mean['linear']:.1f} | "
-              f"{linear.get(c, '')} | {mean['knn']:.1f} | {knn.get(c, '')} | {1e4 * mean['v_src']:.1f} | {ratio:.2f} | {len(mine)} | {signs} |")
+              f"{linear.get(c, '')} | {mean['knn']:.1f} | {knn.get(c, '')} | {own:.2f}, {base:.2f} | {len(mine)} | {signs} |")
     print()
     for measure, found in (("linear probe", linear), ("kNN", knn)):
         right, n = sum(d.mean * expected(c) > 0 for c, d in found.items()), len(found)
@@ -275,32 +304,47 @@ def report(name, cells, args):
     base = [r["linear"] for (script, flags, _), r in runs.items() if (script, flags) == ("mocov2_asym", "")]
     if len(base) > 1:
         print(f"baseline of MoCo v2: linear {statistics.fmean(base):.1f}, standard deviation over {len(base)} seeds {statistics.stdev(base):.1f}")
-    points = claim(cells, runs)
-    if len(points) > 2:
-        x, y = [p[0] for p in points], [p[1] for p in points]
-        print(f"{len(points)} runs: rank correlation of Δ linear with log(v_tgt / v_src): {statistics.correlation(ranks(x), ranks(y)):+.2f}"
-              " (the paper's claim: negative)")
+    for which, where in ENCODERS.items():
+        points = claim(cells, runs, which)
+        if len(points) > 2:
+            x, y = [p[0] for p in points], [p[1] for p in points]
+            print(f"{len(points)} runs: rank correlation of Δ linear with log(v_tgt / v_src), {where}: "
+                  f"{statistics.correlation(ranks(x), ranks(y)):+.2f} (the paper's claim: negative)")
     seconds = sum(r["seconds"] for r in runs.values())
     print(f"all {len(runs)} runs of this file: {seconds / 3600:.1f} hours of one thread, with the probes\n")
-    draw(name, cells, linear, points, runs, args)
+    draw(name, cells, linear, runs, args)
 
 
 def shown(x, sign=""):
     return "" if math.isnan(x) else f"{x:{sign}.1f}"
 
 
-def claim(cells, runs):
+ENCODERS = {"own": "each run's own encoders at its end", "base": "its designs on the baseline's encoder"}
+
+
+def log_ratio(run, which):
+    """log(v_tgt / v_src) of a run, of its own encoders or on its baseline's; None if that was not measured."""
+    v = run if which == "own" else run.get("v_base")
+    return math.log(v["v_tgt"] / v["v_src"]) if v else None
+
+
+def mean_ratio(runs, which):
+    logs = [log_ratio(r, which) for r in runs if log_ratio(r, which) is not None]
+    return math.exp(statistics.fmean(logs)) if logs else math.nan
+
+
+def claim(cells, runs, which):
     """(log(v_tgt / v_src), Δ linear, cell) of each run but the baselines, each once."""
     points = {}
     for c in cells:
         for (script, flags, seed), r in runs.items():
             base = runs.get((script, c.base, seed))
-            if (script, flags) == (c.script, c.flags) and base and not c.is_base:
-                points[key(c, seed)] = math.log(r["v_tgt"] / r["v_src"]), r["linear"] - base["linear"], c
+            if (script, flags) == (c.script, c.flags) and base and not c.is_base and (x := log_ratio(r, which)) is not None:
+                points[key(c, seed)] = x, r["linear"] - base["linear"], c
     return list(points.values())
 
 
-def draw(name, cells, found, points, runs, args):
+def draw(name, cells, found, runs, args):
     """Two figures beside the results: the cells' differences, the paper's and ours; and these against the variances."""
     try:
         import matplotlib
@@ -336,16 +380,18 @@ def draw(name, cells, found, points, runs, args):
             axis.axvline(0, color="black", linewidth=0.8)
     figure.tight_layout()
     figure.savefig(f"{stem}-{name}.png", dpi=90)
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for x, y, c in points:
-        axis.plot(x, y, markers[c.place], color=colours[c.row], alpha=0.8)
-    for text, style in [*((r, {"color": colours[r], "marker": "s"}) for r in dict.fromkeys(c.row for _, _, c in points)),
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
+    for axis, (which, where) in zip(axes, ENCODERS.items(), strict=True):
+        points = claim(cells, runs, which)
+        for x, y, c in points:
+            axis.plot(x, y, markers[c.place], color=colours[c.row], alpha=0.8)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(xlabel="log(v_tgt / v_src)", title=f"one point per run: {where}")
+    for text, style in [*((r, {"color": colours[r], "marker": "s"}) for r in dict.fromkeys(c.row for c in found)),
                         *((p, {"color": "grey", "marker": m}) for p, m in markers.items())]:
         axis.plot([], [], linestyle="", label=text, **style)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="log(v_tgt / v_src) at the end of the run", ylabel="change of the linear probe from the baseline of its seed, points",
-             title="Does a target of lower variance help?  One point per run")
+    axes[0].set_ylabel("change of the linear probe from the baseline, points")
     axis.legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize=8)
     figure.tight_layout()
     figure.savefig(f"{stem}-{name}-claim.png", dpi=90)
