@@ -329,8 +329,8 @@ def encode(encoder, views, shuffle=None, track=True):
     if shuffle is None:
         z = encoder(x)
     else:
-        order = torch.randperm(len(x) * world_size(), generator=shuffle)
-        z = gather(encoder(gather(x)[order[mine()].to(x.device)]))[order.argsort()[mine()].to(x.device)]
+        order = torch.randperm(len(x) * world_size(), generator=shuffle).to(x.device, non_blocking=True)
+        z = gather(encoder(gather(x)[order[mine()]]))[order.argsort()[mine()]]
     return z.view(len(views), -1, z.shape[1]).mean(0)
 
 
@@ -443,7 +443,7 @@ def lr_factor(step, total, warmup):
 
 
 # ============================================================================== shared: flags
-METHOD, FORMAT = Path(__file__).stem, 1  # FORMAT: of last.pt
+METHOD, FORMAT = Path(__file__).stem, 2  # FORMAT: of last.pt
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 MAY_DIFFER = {"out", "overwrite", "nproc", "workers", "device", "steps", "log_every", "save_every",
               "knn_every", "show_views", "dry_run", "data_root", "download", "strict_images"}  # on resuming
@@ -591,7 +591,10 @@ def stop(message, code=2):
 
 def say(message, end="\n"):
     if rank() == 0:
-        print(message, end=end, flush=True)
+        try:
+            print(message, end=end, flush=True)
+        except OSError:  # nobody reads, or the disk is full: log.jsonl has the numbers
+            sys.stdout = open(os.devnull, "w")
 
 
 # ============================================================================== shared: training
@@ -613,7 +616,7 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
         switch = "forward_sync_buffers" if "forward_sync_buffers" in switches else "broadcast_buffers"
         net = DistributedDataParallel(model, **{switch: False})
     if run.step == 0:
-        run.log({"step": 0, "epoch": 0, **measure(args, model, plan, images, bank, queries, device)})
+        run.log({"step": 0, "epoch": 0, **measure(args, run, model, plan, images, bank, queries, device)})
     batches = global_batches(len(images), batch, args.seed, run.step, last)
     crops_of = partial(data.stream, images, planned_crops(plan))
     stream = crops_of(batches, args.seed, rank(), world_size(), args.workers, device)
@@ -637,17 +640,19 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
         if logs:  # the only steps that wait for the device
             scaler.unscale_(optimizer)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads).item()  # if not finite, fp16's scaler skips the step
             entry = {"step": done, "epoch": done / epoch, "loss": (all_sum(loss) / world_size()).item(),
                      "chance": Method.chance(args), "lr": args.peak_lr * factor, "m": m,
                      **{k: v.item() for k, v in spreads.items()},
-                     "grad_norm": torch.nn.utils.get_total_norm(grads).item(), "mem_gb": memory(device),
-                     "bad_images": all_sum(torch.tensor(run.bad)).item()}
-            good = scaler.is_enabled() or math.isfinite(entry["grad_norm"])  # the scaler skips such a step
-            check(good and math.isfinite(entry["loss"]), "step {step}: loss {loss}, norm of the gradient "
-                  "{grad_norm}; --lr too big? fp16 (try bf16)? last.pt is as before".format(**entry))
+                     "grad_norm": norm if math.isfinite(norm) else None, "mem_gb": memory(device)}
+            check(math.isfinite(entry["loss"]) and (math.isfinite(norm) or scaler.is_enabled()),
+                  f"step {done}: loss {entry['loss']}, norm of the gradient {norm}; --lr too big? fp16 (try "
+                  "bf16)? last.pt is as before")
         scaler.step(optimizer)
         scaler.update()
         run.skipped, scale = run.skipped + (scaler.get_scale() < scale), scaler.get_scale()
+        check(scale > 1e-3, f"step {done}: fp16 skips all steps, as gradients overflow at any scale; use "
+              "--amp bf16, or a smaller --lr. last.pt is as before")
         run.step, signalled = done, run.signalled()
         if logs:
             seconds, clock = time.time() - clock, time.time()
@@ -658,9 +663,9 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
                 say(f"warning: the encodings have nearly collapsed (std {entry['std_src']:.3f} and "
                     f"{entry['std_tgt']:.3f}; healthy: near 1); is --lr too large, or the batch too small?")
             if ends_epoch and done // epoch % args.knn_every == 0 or done == last:
-                entry |= measure(args, model, plan, images, bank, queries, device)
+                entry |= measure(args, run, model, plan, images, bank, queries, device)
                 clock = time.time()
-            run.log(entry)
+            run.log(entry | {"bad_images": all_sum(torch.tensor(run.bad)).item()})
         if ends_epoch and done // epoch % args.save_every == 0 or done == last or signalled:
             run.save(model, optimizer, scaler)
         if signalled:
@@ -688,7 +693,7 @@ BANK, QUERIES, TWICE = 10_000, 2_000, 512  # images that answer and that ask, ev
 
 
 @torch.no_grad()
-def measure(args, model, plan, images, bank, queries, device):
+def measure(args, run, model, plan, images, bank, queries, device):
     """v_src and v_tgt; with labels, the kNN accuracy of the source's backbone."""
     result = variances(args, model, plan, images, device)
     if bank is not None:
@@ -697,18 +702,23 @@ def measure(args, model, plan, images, bank, queries, device):
         sets = []
         for images, most in ((bank, BANK), (queries, QUERIES)):
             few = images[torch.linspace(0, len(images) - 1, min(most, len(images))).long()]
-            sets.append((features(args, model.source.backbone, few, device), few.labels.to(device)))
+            sets.append(features(args, run, model.source.backbone, few, device))
         result["knn"] = knn(*sets)
         model.train()
     return result
 
 
-def features(args, backbone, images, device):
-    """Features (len(images), c) of unit length, the images shared out among the processes."""
+def features(args, run, backbone, images, device):
+    """Features (len(images), c) of unit length and labels, the images shared out among the processes."""
     rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
     mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in images.stats)
-    centres = data.centres(images[rows[mine()]], args.img_size, args.workers, device)
-    return gather(torch.cat([F.normalize(backbone((x - mean) / std)) for x in centres]))[: len(images)]
+    encoded, labels = [], []
+    for x, really, unreadable in data.centres(images, rows[mine()], args.img_size, args.workers, device):
+        run.bad += len(unreadable)
+        report(args, unreadable)
+        encoded.append(F.normalize(backbone((x - mean) / std)))
+        labels.append(images.labels[really])
+    return tuple(gather(torch.cat(x).to(device))[: len(images)] for x in (encoded, labels))
 
 
 def knn(bank, queries, k=200, temperature=0.1):
@@ -775,9 +785,9 @@ class Run:
             all_sum(torch.zeros(1))  # wait for rank 0
             state = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else None
             old = state or (json.loads(ours.read_text()) if ours.exists() else self.about)
-            found = state["format"] if state else FORMAT
+            found = state.get("format") if state else FORMAT
             check(found == FORMAT, f"{last} has format {found}, not {FORMAT}; use the version that wrote it")
-            pairs = [(k, old[k], self.about[k]) for k in ("method", "images", "mean", "std")]
+            pairs = [(k, old[k], self.about[k]) for k in ("method", "images", "names", "mean", "std")]
             for k in sorted(self.about["args"].keys() - MAY_DIFFER):
                 pairs.append((dashed([k]), old["args"].get(k), self.about["args"][k]))
             lines = log.read_text().splitlines() if state and log.exists() else []
@@ -796,6 +806,8 @@ class Run:
                 self.bad, self.skipped = 0 if rank() else state["bad_images"], state["skipped"]
                 check(finite(model, optimizer), f"{last} holds values that are not finite; use --overwrite")
         except Exception as e:  # a truncated or foreign file raises nearly anything
+            if lost(e):
+                raise
             stop(f"--out {self.out} cannot be used ({reason(e)}); use another, or --overwrite")
         lines = lines or [json.dumps({"command": sys.argv, **self.about})]
         self.write(log, lambda path: path.write_text("\n".join(lines) + "\n"))
@@ -822,6 +834,8 @@ class Run:
         if rank() == 0:
             try:
                 how(part)
+                with open(part, "rb") as f:  # on the disk before it has its name, if the power fails
+                    os.fsync(f.fileno())
                 os.replace(part, path)
             except (OSError, RuntimeError) as e:
                 error = reason(e)
@@ -862,13 +876,19 @@ def finite(model, optimizer):
     return all(x.isfinite().all() for x in [*model.state_dict().values(), *moments])
 
 
+def lost(e):
+    """Whether an exception says that another process is gone."""
+    words = ("gloo", "NCCL", "DataLoader worker (")
+    return isinstance(e, RuntimeError) and any(word in str(e) for word in words)
+
+
 def reason(e):
     """An exception in one line, without torch's advice on how to load what it refuses."""
     return f"{type(e).__name__}: {e}".splitlines()[0].split(". ")[0]
 
 
 # ============================================================================== shared: launch
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def world_size():
@@ -877,6 +897,18 @@ def world_size():
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def listen(handler):
+    """Sets the handler of SIGNALS, but of those that nohup or a shell had ignored; returns those before."""
+    def answer(number, frame):
+        if os.getpid() == ours:
+            handler(number, frame)
+        elif number == signal.SIGTERM:  # in a loader worker, before begin_worker()
+            signal.alarm(30)
+
+    ours = os.getpid()
+    return {s: signal.signal(s, answer) for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
 
 
 def spawn(argv, nproc, child):
@@ -891,8 +923,7 @@ def spawn(argv, nproc, child):
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    for number in SIGNALS:
-        signal.signal(number, pass_on)
+    listen(pass_on)
     try:
         while not context.join():
             pass
@@ -942,12 +973,12 @@ def guard(args):
     except KeyboardInterrupt:  # before train() listens to signals
         raise SystemExit(128 + signal.SIGINT) from None
     except RuntimeError as e:
-        if "allocate" in str(e):
-            stop(f"out of memory ({reason(e)}); use a smaller --batch-size or --img-size", 1)
-        if not any(word in str(e) for word in ("gloo", "NCCL", "DataLoader worker")):
+        why = [line.split("RuntimeError: ")[-1] for line in str(e).splitlines() if "allocate" in line]
+        if not why and not lost(e):
             raise
         e.__traceback__ = None
-        stop(f"lost another process ({reason(e)}); the same command continues from last.pt", 1)
+        stop(f"out of memory ({why[0]}); use a smaller --batch-size or --img-size" if why else
+             f"lost another process ({reason(e)}); the same command continues from last.pt", 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -963,7 +994,8 @@ def work(args):
         for split in (images, bank, queries):
             if split is not None:
                 split.stats = data.RAW
-    bad = () if rank() else images.bad  # all processes have found them: name and count them once
+    bad = {*images.bad, *(queries.bad if queries else ())}  # all processes have found them:
+    bad = sorted(bad) if rank() == 0 else ()  # name and count them once
     report(args, bad)
     n, batch, groups, world = len(images), args.batch_size, args.bn_groups, world_size()
     most = n // math.lcm(groups, world) * math.lcm(groups, world)
@@ -995,12 +1027,13 @@ def work(args):
         return
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     run = Run(args, {"method": METHOD, "args": flags, "mean": images.stats[0], "std": images.stats[1],
-                     "images": n, "chance": Method.chance(args), "versions": versions}, len(bad))
+                     "images": n, "names": images.names, "chance": Method.chance(args),
+                     "versions": versions}, len(bad))
     run.open(args, model, optimizer, scaler)
     if run.step:
         more = run.step < min(args.epochs * steps, args.steps or math.inf)
         say(f"  resuming at step {run.step}" if more else "  complete; --overwrite repeats it")
-    before = {s: signal.signal(s, lambda number, frame: setattr(run, "signal", number)) for s in SIGNALS}
+    before = listen(lambda number, frame: setattr(run, "signal", number))
     try:
         train(args, run, model, optimizer, scaler, images, bank, queries, device)
     finally:

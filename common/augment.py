@@ -102,7 +102,8 @@ def augment(x, recipe, params, mean, std):
             for k, op in enumerate(OPS.values()):
                 chosen = p["on"][:, slot] & (p["op"][:, slot] == k)
                 on(x, chosen, op, p["magnitude"][:, slot], p["sign"][:, slot])
-    return (x - mean.to(x).view(3, 1, 1)) / std.to(x).view(3, 1, 1) if recipe.normalize else x
+    mean, std = (s.to(x, non_blocking=True).view(3, 1, 1) for s in (mean, std))
+    return x.sub_(mean).div_(std) if recipe.normalize else x
 
 
 def on(x, mask, op, *params):
@@ -110,7 +111,8 @@ def on(x, mask, op, *params):
     rows = mask.nonzero().squeeze(1)
     if len(rows):
         there = rows.to(x.device, non_blocking=True)
-        x[there] = op(x[there], *(p[rows].to(x.device, non_blocking=True) for p in params)).to(x.dtype)
+        new = op(x.index_select(0, there), *(p[rows].to(x.device, non_blocking=True) for p in params))
+        x.index_copy_(0, there, new.to(x.dtype))
 
 # ---- photometric operations: images (n, 3, h, w) in [0, 1] and one parameter per image (n,) ----
 
@@ -133,26 +135,28 @@ def saturation(x, factor):
 def hue(x, shift):
     """Turns the hue by shift in [-0.5, 0.5] of the colour circle."""
     r, g, b = x.unbind(1)
-    top, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    c = torch.where(chroma > 0, chroma, 1)
+    top, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    c = torch.where(top > low, top - low, 1)
     sixth = torch.where(top == r, (g - b) / c, torch.where(top == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    k = ((sixth + 6 * shift.view(-1, 1, 1))[:, None] + torch.tensor([5.0, 3.0, 1.0]).to(x).view(3, 1, 1)) % 6
-    return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    h = (sixth + 6 * shift.view(-1, 1, 1)) % 6  # red at 0, green at 2, blue at 4
+    share = torch.stack([(h - 3).abs() - 1, 2 - (h - 2).abs(), 2 - (h - 4).abs()], 1).clamp(0, 1)
+    return low[:, None] + (top - low)[:, None] * share
 
 
 def gaussian_blur(x, sigma, radius=11):
-    """Blur by sigma pixels (a standard deviation), reflected borders: two products with band matrices."""
+    """Blur by sigma pixels (a standard deviation), reflected borders: a convolution of columns, then one of
+    rows. Each image has a kernel of its own, so that images and channels are the convolution's groups."""
+    n, c, h, w = x.shape
 
-    def matrix(size):  # (n, size, size): the weight of pixel j in pixel i, mirror images of j included
-        i, j = torch.arange(size, device=x.device).view(-1, 1), torch.arange(size, device=x.device)
-        right = (2 * size - 2 - i - j).masked_fill(j == size - 1, size)
-        d = torch.stack([(i - j).abs(), (i + j).masked_fill(j == 0, size), right]).float()
-        w = (-0.5 * (d / sigma.view(-1, 1, 1, 1)) ** 2).exp() * (d <= min(radius, size - 1))
-        w = w.sum(1)
-        return w / w.sum(2, keepdim=True)
+    def kernel(length):  # no longer than reflection allows
+        taps = torch.arange(-min(radius, length - 1), min(radius, length - 1) + 1, device=x.device)
+        k = (-0.5 * (taps / sigma.view(-1, 1)) ** 2).exp()
+        return (k / k.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # (n c, 1, taps)
 
-    rows, cols = matrix(x.shape[2]), matrix(x.shape[3])
-    return rows[:, None] @ x @ cols[:, None].transpose(2, 3)
+    down, across = kernel(h)[..., None], kernel(w)[:, :, None]
+    rows, cols = down.shape[2] // 2, across.shape[3] // 2
+    x = F.pad(x, (cols, cols, rows, rows), mode="reflect").flatten(0, 1)[None]
+    return F.conv2d(F.conv2d(x, down, groups=n * c), across, groups=n * c).view(n, c, h, w)
 
 # ---- RandAugment's fifteen operations: (images, magnitude in [0, 1], sign) ----
 
@@ -235,9 +239,10 @@ def crop_batch(images, boxes, size, bicubic=False):
         w = w * ((pixel > 0) & (pixel < extent))
         return w / w.sum(2, keepdim=True)
 
-    top, left, height, width = boxes.to(images.device).view(-1, 4, 1, 1).unbind(1)
+    top, left, height, width = boxes.to(images.device, non_blocking=True).view(-1, 4, 1, 1).unbind(1)
     rows, cols = matrix(images.shape[2], top, height), matrix(images.shape[3], left, width)
-    return (rows[:, None] @ (images.float() / 255) @ cols[:, None].transpose(2, 3)).clamp(0, 1)
+    x = (images.float().flatten(1, 2) @ cols.transpose(1, 2)).unflatten(1, (3, -1)) / 255  # columns first
+    return (rows[:, None] @ x).clamp(0, 1)
 
 
 def scalemix_boxes(n, size, generator):
@@ -250,7 +255,7 @@ def scalemix_boxes(n, size, generator):
 
 def scalemix(first, second, boxes):
     """ScaleMix (Sec. 4.2): second inside the boxes (n, 4), first elsewhere; both are views (n, 3, s, s)."""
-    top, bottom, left, right = boxes.to(first.device).view(-1, 4, 1, 1).unbind(1)
+    top, bottom, left, right = boxes.to(first.device, non_blocking=True).view(-1, 4, 1, 1).unbind(1)
     y = torch.arange(first.shape[2], device=first.device).view(1, -1, 1)
     x = torch.arange(first.shape[3], device=first.device).view(1, 1, -1)
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)

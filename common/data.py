@@ -5,6 +5,7 @@ equally sized images), or a table of paths that workers decode. Either way strea
 crops of this process's share of the global batch; common/augment.py does the rest on the training device.
 """
 
+import hashlib
 import math
 import os
 import signal
@@ -26,6 +27,7 @@ HALF = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for methods that do not normalise
 NAMES = ("demo", "cifar10", "cifar100", "stl10", "fashion-mnist")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # PIL's others, as EPS, may start programs
 IN_MEMORY = 2**30  # bytes: a folder of equally sized images up to this size is decoded once, at the start
 
 
@@ -37,7 +39,8 @@ class DataError(Exception):
 class Images:
     """Images of one split. pixels: uint8 (n, 3, h, w), or None; then paths: bytes (n,), a NumPy array, as
     a list would be copied into each worker when reference counts are touched. labels: int64 (n,), -1 for
-    none, or None. stats: mean and standard deviation per channel. bad: paths found unreadable in loading."""
+    none, or None. stats: mean and standard deviation per channel. bad: paths found unreadable in loading.
+    names: a digest of a folder's file names, by which a run that continues knows its data again."""
 
     pixels: torch.Tensor = None
     paths: np.ndarray = None
@@ -45,6 +48,7 @@ class Images:
     classes: tuple = ()
     stats: tuple = IMAGENET
     bad: tuple = ()
+    names: str = ""
 
     def __len__(self):
         return len(self.paths if self.pixels is None else self.pixels)
@@ -77,7 +81,7 @@ def read_image(path, shrink=None):
     is decoded in a fraction of the time."""
     if not os.path.isfile(path):  # a pipe would block
         raise FileNotFoundError(path)
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         if math.prod(image.size) > Image.MAX_IMAGE_PIXELS:  # PIL only warns
             raise Image.DecompressionBombError(path)
         if shrink and (times := int(shrink(image.height, image.width))) > 1:
@@ -151,7 +155,11 @@ def scan(folder):
     """The images below a folder, in sorted order. The folders directly in it are the classes, if two or more
     have images in them and no image lies beside them. Raises DataError where there is no image."""
     paths, labels, seen = [], [], set()
-    for here, folders, files in os.walk(folder, followlinks=True):
+
+    def unlisted(e):
+        raise DataError(f"{e.filename}: cannot be listed ({e.strerror}); make it readable or remove it")
+
+    for here, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
         if (real := os.path.realpath(here)) in seen:  # symbolic links in a circle
             folders[:], files = [], []
         seen.add(real)
@@ -162,10 +170,12 @@ def scan(folder):
     if not paths:
         raise DataError(f"no images in {folder}: looked there and below for {' '.join(SUFFIXES)}")
     classes = tuple(sorted(set(labels)))
+    names = hashlib.sha256(b"/".join(path[len(os.fsencode(folder)) :] for path in paths)).hexdigest()[:16]
+    images = Images(paths=np.array(paths), names=names)
     if "." in classes or len(classes) < 2:
-        return Images(paths=np.array(paths))
+        return images
     number = {c: i for i, c in enumerate(classes)}
-    return Images(paths=np.array(paths), labels=torch.tensor([number[c] for c in labels]), classes=classes)
+    return replace(images, labels=torch.tensor([number[c] for c in labels]), classes=classes)
 
 
 def in_memory(images):
@@ -178,7 +188,8 @@ def in_memory(images):
     if len({p.shape for p in pixels}) != 1:
         return images
     bad = tuple(os.fsdecode(images.paths[i]) for i, row in enumerate(rows) if i != row)
-    return replace(images, pixels=torch.stack(pixels), paths=None, bad=bad)
+    labels = None if images.labels is None else images.labels[list(rows)]
+    return replace(images, pixels=torch.stack(pixels), paths=None, labels=labels, bad=bad)
 
 
 DEMO_CLASSES = ("lying stripes", "standing stripes", "checks", "slanted stripes", "rings", "dots", "bricks",
@@ -259,7 +270,7 @@ class Crops(torch.utils.data.Dataset):
 
 class Centres(torch.utils.data.Dataset):
     """Row -> what an evaluation looks at, uint8 (3, size, size): the central square of the shorter side where
-    size is up to 64, of 7/8 of it above (resize to 256, crop 224)."""
+    size is up to 64, of 7/8 of it above (resize to 256, crop 224); the row; and the row that it really is."""
 
     def __init__(self, images, size):
         self.images, self.size = images, size
@@ -268,11 +279,11 @@ class Centres(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, row):
-        image, _ = self.images.decode(row)
+        image, really = self.images.decode(row)
         h, w = image.shape[1:]
         side = min(h, w) if self.size <= 64 else round(min(h, w) * 224 / 256)
         top, left = (h - side) // 2, (w - side) // 2
-        return resize(image[:, top : top + side, left : left + side], self.size)
+        return resize(image[:, top : top + side, left : left + side], self.size), row, really
 
 
 def resize(image, size, bicubic=False):
@@ -289,7 +300,7 @@ def stream(images, crops, steps, seed, rank, world, workers, device):
         for step, rows in steps:
             n, size, generator = len(rows), images.pixels.shape[2:], rng(seed, "crops", step)
             boxes = [crop_boxes(n, *size, crop.scale, generator)[rank::world] for crop in crops]
-            pixels = images.pixels[rows[rank::world]].to(device)
+            pixels = images.pixels[rows[rank::world]].to(device, non_blocking=True)
             yield [crop_batch(pixels, b, c.size, c.bicubic) for b, c in zip(boxes, crops, strict=True)], []
         return
     batches = ([(step, row) for row in rows[rank::world].tolist()] for step, rows in steps)
@@ -298,11 +309,13 @@ def stream(images, crops, steps, seed, rank, world, workers, device):
         yield batch, [os.fsdecode(images.paths[row]) for row in bad.tolist() if row >= 0]
 
 
-def centres(images, size, workers, device, batch=256):
-    """Yields all images for evaluation, in order: float (n, 3, size, size) in [0, 1] on the device."""
-    workers = workers if images.pixels is None else 0
-    for x in loader(Centres(images, size), workers, device, batch_size=batch):
-        yield x.to(device, non_blocking=True).float() / 255
+def centres(images, rows, size, workers, device, batch=256):
+    """Yields images for evaluation, in the order of rows (n,): float (n, 3, size, size) in [0, 1] on the
+    device, the rows they really are, and paths that could not be read and were replaced by the next."""
+    workers, dataset = workers if images.pixels is None else 0, Centres(images, size)
+    for x, asked, really in loader(dataset, workers, device, sampler=rows.tolist(), batch_size=batch):
+        unreadable = [os.fsdecode(images.paths[row]) for row in asked[asked != really].tolist()]
+        yield x.to(device, non_blocking=True).float() / 255, really, unreadable
 
 
 def loader(dataset, workers, device, **batches):
@@ -316,6 +329,6 @@ def begin_worker(worker, parent):
     """Signals are the training process's to answer. SIGTERM, Python's way to end workers, acts late."""
     if os.getppid() != parent:  # killed just now; torch looks for that later, and would wait for ever
         raise SystemExit
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # seconds; if it never did, exits could hang

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import sync
 import torch
 import torchvision
 from PIL import Image
+from pool import class_tree
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 ROOT = sync.ROOT
@@ -166,6 +168,26 @@ def test_out_holding_another_run(folder, tmp_path, capsys):
     assert "--temperature 0.1 there, 0.3 here" in refuse(module, capsys, *argv, "--temperature", 0.3)
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert "complete" in (module.main(argv), capsys.readouterr().out)[1]
+
+
+@pytest.mark.parametrize("sizes", [(24,), (24, 31)])
+def test_unreadable_images_in_val_are_named_and_counted(sizes, tmp_path, capsys):
+    """And what replaces them has its own label, whatever class it is of."""
+    import mocov2_asym as module
+    train, val = (class_tree(tmp_path / "data" / part, 24, sizes) for part in ("train", "val"))
+    last = sorted((val / "class0").iterdir())[-1]  # the next is of another class
+    last.write_bytes(last.read_bytes()[:-100])
+    argv = [a.format(data=tmp_path / "data") for a in TINY] + ["--bn-groups", "2", "--queue", "16", "--batch-size", "8"]
+    module.main([*argv, "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().err.count(f"unreadable image, replaced by the next: {last}") == (1 if len(sizes) == 1 else 2)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["bad_images"] == (1 if len(sizes) == 1 else 2)  # asked at the start and at the end
+    assert "stopped (--strict-images)" in refuse(module, capsys, *argv, "--strict-images", "--out", tmp_path / "strict")
+    _, _, queries = module.data.load(str(tmp_path / "data"))
+    args = module.parse_args(argv)
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    z, labels = module.features(args, SimpleNamespace(bad=0), net, queries, "cpu")
+    assert torch.equal(z[7], z[8]) and labels.tolist() == [0] * 7 + [1] * 9 + [2] * 8
 
 
 def test_flat_folder_trains_without_labels(folder, tmp_path):

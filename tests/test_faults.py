@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import drill
@@ -96,7 +97,7 @@ def test_kill_while_writing_a_checkpoint(place, number, monkeypatch):
     same(out, place.whole(TWO))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_exits(place, number):
     """The whole group gets it, as from a terminal; loader workers must not answer. More in drill.py."""
     out, start = place.new(), time.time()
@@ -109,6 +110,56 @@ def test_a_signal_finishes_the_step_saves_and_exits(place, number):
     if number == signal.SIGINT:
         complete(place.line(out, TWO))
         same(out, place.whole(TWO))
+
+
+def test_nohup_is_respected(script, monkeypatch):
+    before = [signal.getsignal(s) for s in script.SIGNALS]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        found = script.listen(lambda *_: None)
+        assert signal.SIGHUP not in found and len(found) == 3 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for s, handler in zip(script.SIGNALS, before, strict=True):
+            signal.signal(s, handler)
+
+
+def test_a_loader_worker_that_is_ended_before_it_began_ends(script):
+    """It has the handlers of the process that forked it, which would take SIGTERM and go on."""
+    taken = []
+    before = script.listen(lambda number, frame: taken.append(number))
+    try:
+        if not (pid := os.fork()):
+            os.kill(os.getpid(), signal.SIGINT)
+            early = signal.alarm(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0 if not early and signal.alarm(0) and not taken else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert taken == [signal.SIGTERM]
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(place, script, whole, monkeypatch):
+    out = place.new()
+    full = open("/dev/full", "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert helper.train(script.METHOD, place.line(out, f"{TWO} --workers 0", script.METHOD)) == 0
+        sys.stdout.close()  # that which replaced it
+    with suppress(OSError):  # of what is still to be written
+        full.close()
+    same(out, whole)
+
+
+def test_a_process_that_is_lost_before_the_first_step_is_no_reason_to_overwrite(place, script, capsys, monkeypatch):
+    def gone(x):
+        raise RuntimeError("[third_party/gloo/transport/tcp/pair.cc:553] Read error: Connection reset by peer")
+
+    monkeypatch.setattr(script, "gather", gone)
+    code, said = run(script, place.line(place.new(), TWO, script.METHOD), capsys)
+    assert code == 1 and "lost another process" in said and "--overwrite" not in said and said.count("\n") == 1
 
 
 def test_a_signal_to_one_of_two_processes(place):
@@ -195,6 +246,19 @@ def test_no_room_for_the_log(place):
     same(out, place.whole(TWO))
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(place, script, capsys, monkeypatch):
+    """A test cannot cut the power; it can see the order of the calls."""
+    calls, fsync, move = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append((str(a), b.name)), move(a, b)))
+    out = place.new()
+    assert run(script, place.line(out, "--steps 1 --workers 0", script.METHOD), capsys)[0] == 0
+    for name in ("last.pt", "backbone.pth", "log.jsonl"):
+        at = calls.index((f"{out / name}.tmp", name))
+        assert calls[at - 1] == f"{out / name}.tmp"
+    assert [c for c in calls if c in (str(out / "log.jsonl"), f"{out / 'last.pt'}.tmp")][-1].endswith("last.pt.tmp")
+
+
 def test_folders_that_cannot_be_written(place, script, capsys):
     (place.folder / "file").touch()
     code, said = run(script, place.line(place.folder / "file" / "run", TWO, script.METHOD), capsys)
@@ -276,11 +340,23 @@ def test_a_folder_that_changes_during_the_run(script, tmp_path, capsys, monkeypa
         code, said = run(script, f"{line} --steps 6", capsys)
     assert code == 0 and str(gone) in said and log_lines(tmp_path / "run")[-1]["bad_images"] == said.count(str(gone)) >= 1
     code, said = run(script, line, capsys)  # which now sees one image less
-    assert code == 2 and "images 32 there, 31 here" in said
+    assert code == 2 and "images 32 there, 31 here" in said and ", names " in said
     with monkeypatch.context() as patch:
         at_step(patch, script, 1, lambda: images.rename(tmp_path / "elsewhere"))
         code, said = run(script, f"{line} --overwrite --workers 1", capsys)
     assert code == 2 and said.splitlines()[-1].startswith(f"{script.METHOD}: no readable image among")
+
+
+def test_images_that_changed_their_class_are_other_data(script, tmp_path, capsys):
+    """The files are as many as before, and in another order."""
+    images = class_tree(tmp_path / "images", 32, (20, 24))
+    line = f"--data {images} {drill.GROUPED} {SCRIPTS[script.METHOD]} --out {tmp_path}/run"
+    assert run(script, f"{line} --steps 2", capsys)[0] == 0
+    images = images.rename(tmp_path / "elsewhere")
+    line = line.replace(str(tmp_path / "images"), str(images))
+    (images / "class0" / "003.png").rename(images / "class2" / "003.png")
+    code, said = run(script, line, capsys)
+    assert code == 2 and "names " in said and "images 3" not in said
 
 
 # ---- checkpoints ----
@@ -317,7 +393,8 @@ def test_hostile_checkpoints(place, script, whole, capsys, tmp_path):
         ("last.pt", good["last.pt"][:5000], "cannot be used"), ("last.pt", b"", "cannot be used"),
         ("last.pt", b"\x80\x02}" + bytes(99), "cannot be used"), ("last.pt", pickle.dumps(Code(evidence)), "cannot be used"),
         ("last.pt", {"format": Code(evidence)}, "cannot be used"), ("last.pt", ["a list"], "cannot be used"),
-        ("last.pt", {"model": {}}, "cannot be used"), ("last.pt", changed(lambda s: s.update(format=0)), "has format 0, not 1"),
+        ("last.pt", {"model": {}}, "has format None"), ("last.pt", changed(lambda s: s.update(format=1)), "has format 1, not 2"),
+        ("last.pt", changed(lambda s: s.pop("format")), "has format None, not 2"),
         ("last.pt", changed(lambda s: nan(s, "model", weight)), "not finite"),
         ("last.pt", changed(lambda s: nan(s, "optimizer", "state", 0, moment)), "not finite"),
         ("last.pt", changed(lambda s: s["model"].pop(weight)), "cannot be used"),
@@ -398,6 +475,21 @@ def test_steps_that_fp16_skips_are_counted(place, script, capsys, monkeypatch):
     for steps in (3, 99):
         assert run(script, place.line(outs[1], f"{line} --steps {steps}", script.METHOD), capsys)[0] == 0
     same(*outs)
+
+
+def test_fp16_that_skips_all_steps_stops(place, script, capsys, monkeypatch):
+    forward, scaler, out = script.Method.forward, torch.amp.GradScaler, place.new()
+
+    def overflowing(self, *a):
+        loss, spreads = forward(self, *a)
+        loss.register_hook(lambda g: g * math.inf)
+        return loss, spreads
+
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", init_scale=1.0))
+    monkeypatch.setattr(script.Method, "forward", overflowing)
+    code, said = run(script, place.line(out, "--epochs 4 --workers 0", script.METHOD), capsys)
+    assert code == 2 and said.count("\n") == 1 and "step 10: fp16 skips all steps" in said  # 2**-10 is less than 0.001
+    assert [x["grad_norm"] for x in log_lines(out)[1:]] == [None] * 9 and "NaN" not in (out / "log.jsonl").read_text()
 
 
 def test_collapse_is_reported(place, script, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Random command lines, from a seed. Each must end in a step that used what was asked for, or in one line that says why not."""
+"""Random command lines, from a seed. Each must end in a step, or in one line that says why not."""
 
 import importlib
 import io
@@ -115,7 +115,7 @@ def run(folder, tries, seed, script="mocov2_asym"):
         counts[result] = counts.get(result, 0) + 1
         shutil.rmtree(folder / f"fuzz{number}", ignore_errors=True)
     assert min(counts.get("trained", 0), counts.get("refused", 0)) > 0.15 * tries, counts  # else it tries one thing only
-    return ", ".join(f"{n} {name}" for name, n in sorted(counts.items())) + ", no traceback, no hang, no silent case"
+    return ", ".join(f"{n} {name}" for name, n in sorted(counts.items())) + ", no traceback, no hang"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

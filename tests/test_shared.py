@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -323,11 +324,11 @@ def test_measuring_changes_nothing(script, labelled):
     before = {k: v.clone() for k, v in tensors(model.state_dict()).items()}
     modes = [m.training for m in model.modules()]
     bank, queries = (images, images[torch.arange(10)]) if labelled else (None, None)
-    result = script.measure(args, model, script.plan_views(args), images, bank, queries, "cpu")
+    result = script.measure(args, SimpleNamespace(bad=0), model, script.plan_views(args), images, bank, queries, "cpu")
     assert set(result) == {"v_src", "v_tgt"} | ({"knn"} if labelled else set())
     assert all(torch.equal(v, before[k]) for k, v in tensors(model.state_dict()).items())
     assert [m.training for m in model.modules()] == modes and all(p.grad is None for p in model.parameters())
-    again = script.measure(args, model, script.plan_views(args), images, bank, queries, "cpu")
+    again = script.measure(args, SimpleNamespace(bad=0), model, script.plan_views(args), images, bank, queries, "cpu")
     assert again == result
 
 
@@ -336,7 +337,7 @@ def global_generator_after_measuring(script, labelled):
     model = build(script, args)
     before = torch.get_rng_state()
     bank = images if labelled else None
-    script.measure(args, model, script.plan_views(args), images, bank, bank, "cpu")
+    script.measure(args, SimpleNamespace(bad=0), model, script.plan_views(args), images, bank, bank, "cpu")
     return torch.equal(torch.get_rng_state(), before)
 
 
@@ -354,4 +355,6 @@ def test_features_are_those_of_the_whole_image_in_eval_mode(script):
     with torch.no_grad():
         x = nn.functional.interpolate(images.pixels, 16, mode="bilinear", antialias=True).float() / 255
         z = net((x - 0.5) / 0.25)
-        close(script.features(args, net, images, "cpu"), z / z.norm(dim=1, keepdim=True), 1e-4, 1e-5)
+        features, labels = script.features(args, SimpleNamespace(bad=0), net, images, "cpu")
+        close(features, z / z.norm(dim=1, keepdim=True), 1e-4, 1e-5)
+        assert torch.equal(labels, images.labels)
