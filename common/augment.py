@@ -162,7 +162,8 @@ def gaussian_blur(x, sigma, radius=11):
 
 def affine(x, rows, fill=128 / 255):
     """Samples x at (an image's 2 x 3 matrix) (x, y, 1), coordinates in [-1, 1]; fill outside."""
-    matrix = [torch.stack([torch.as_tensor(v).to(x).expand(len(x)) for v in row], 1) for row in rows]
+    vector = lambda v: torch.as_tensor(v).to(x, non_blocking=True).expand(len(x))
+    matrix = [torch.stack([vector(v) for v in row], 1) for row in rows]
     grid = F.affine_grid(torch.stack(matrix, 1), x.shape, align_corners=False)
     return F.grid_sample(x - fill, grid, align_corners=False) + fill
 
@@ -187,7 +188,7 @@ def solarize_add(x, m, sign):
 
 OPS = {  # shears are about the upper left corner, as PIL's; translations reach 0.45 of the image, factors 1.9
     "AutoContrast": lambda x, m, sign: TF.autocontrast(x),
-    "Equalize": lambda x, m, sign: TF.equalize((x * 255).round().to(torch.uint8)).to(x) / 255,
+    "Equalize": lambda x, m, sign: TF.equalize((x * 255).round().byte()).float() / 255,
     "Invert": lambda x, m, sign: 1 - x,
     "Rotate": rotate,
     "Posterize": posterize,

@@ -2,14 +2,17 @@
 
 import importlib
 import math
+import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from pool import SCRIPTS, build, close, small_args, small_images, tensors, views_of
+from pool import ROOT, SCRIPTS, build, close, small_args, small_images, tensors, views_of
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from common import augment, data
 from common.augment import rng
@@ -24,6 +27,31 @@ def script(request):
 
 
 each = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+
+
+class Copies(TorchFunctionMode):
+    """Where tensors are copied from the CPU in a way that would make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.to and any(isinstance(a, torch.device | torch.Tensor) for a in args[1:]) and not kwargs.get("non_blocking"):
+            self.waits += [x for x in traceback.extract_stack() if Path(x.filename).parent in (ROOT, ROOT / "common")][-1:]
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("flags", ["", "--multicrop-src --num-small 2 --scalemix-src --aug-src strong --mean-enc 2"])
+def test_no_copy_of_a_step_waits_for_the_device(script, flags):
+    """Which a GPU's queue would run dry by. On the CPU all copies are none; where there is a GPU, bench_step.py counts waits."""
+    args = small_args(script, flags)
+    model = build(script, args)
+    with Copies() as copies:
+        src, tgt, generator = views_of(script, args)
+        model(src, tgt, 0.9, generator)[0].backward()
+    assert not copies.waits
 
 
 # ---- batch norm ----

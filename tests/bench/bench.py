@@ -1,8 +1,10 @@
 """What the benchmarks share: interleaved repeats, a table, the machine; the rival pipelines, as the field writes them."""
 
+import atexit
 import os
 import platform
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -74,6 +76,7 @@ def photographs(folder, n, size=(375, 500)):
         print(f"{min(n, len(paths))} photographs of {folder}")
         return [str(paths[i * len(paths) // min(n, len(paths))]) for i in range(min(n, len(paths)))]
     there, generator = tempfile.mkdtemp(prefix="bench-"), torch.Generator().manual_seed(0)
+    atexit.register(shutil.rmtree, there)
     print(f"{n} made-up picture(s) of {size[1]} x {size[0]} pixels")
     for i in range(n):
         x = torch.zeros(3, *size)

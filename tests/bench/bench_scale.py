@@ -22,10 +22,13 @@ import mocov2_asym as script
 from common import data
 
 
-def step(flags, batch=64, repeats=5):
-    """Median seconds of processor time of MoCo v2's step."""
-    cli = argparse.Namespace(device="cpu", batch_size=batch, recipe="demo", amp="off", channels_last=False)
-    return statistics.median(measure({"step": Stepper("mocov2_asym", flags, cli).step}, repeats)["step"])
+def steps(cases, repeats=7):
+    """Median seconds of processor time of MoCo v2's step for each (flags, batch size), all in turn."""
+    work = {}
+    for i, (flags, batch) in enumerate(cases):
+        cli = argparse.Namespace(device="cpu", batch_size=batch, recipe="demo", amp="off", channels_last=False)
+        work[i] = Stepper("mocov2_asym", flags, cli).step
+    return [statistics.median(s) for s in measure(work, repeats).values()]
 
 
 def growth(heads, works, costs):
@@ -39,23 +42,23 @@ def growth(heads, works, costs):
 
 def batches(args):
     works = [32, 64, 128, 256, 512]
-    growth(["batch size", "ms per step"], works, [step("", batch) for batch in works])
+    growth(["batch size", "ms per step"], works, steps([("", batch) for batch in works]))
 
 
 def views(args):
     works = [2, 3, 5, 9]
-    growth(["views (1 of the source, rest MeanEnc's)", "ms per step"], works, [step(f"--mean-enc {n - 1}") for n in works])
+    growth(["views (1 of the source, rest MeanEnc's)", "ms per step"], works, steps([(f"--mean-enc {n - 1}", 64) for n in works]))
     works = [2, 4, 8, 16]
-    growth(["small crops", "ms per step"], works, [step(f"--multicrop-src --num-small {n}") for n in works])
+    growth(["small crops", "ms per step"], works, steps([(f"--multicrop-src --num-small {n}", 64) for n in works]))
 
 
 def queue(args):
     works = [256, 4096, 65536]
-    growth(["queue", "ms per step"], works, [step(f"--queue {n}") for n in works])
+    growth(["queue", "ms per step"], works, steps([(f"--queue {n}", 64) for n in works]))
 
 
 def processes(args):
-    """Images per second of the script itself, from its log; each process has one thread."""
+    """Images per second of the script itself, from its log, by the wall's clock; each process has one thread."""
     rows = [["processes", "img/s"]]
     for n in (1, 2):
         with tempfile.TemporaryDirectory() as out:
@@ -67,10 +70,19 @@ def processes(args):
     table(rows)
 
 
+PEAK = """if True:
+    import resource, sys
+    from common import data
+    memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # MB
+    before = memory()
+    data.scan(sys.argv[1])
+    print(memory() - before)"""
+
+
 def paths(args):
     """A class tree of empty files: what a run does with it before its first step."""
     works = [10**i for i in range(1, 7) if 10**i <= args.most]
-    rows = [["files", "scan, s", "order of an epoch, s", "MB kept", "bytes per file"]]
+    rows = [["files", "scan, s", "order of an epoch, s", "MB kept", "MB at most"]]
     with tempfile.TemporaryDirectory() as folder:
         made = 0
         for n in works:
@@ -86,7 +98,8 @@ def paths(args):
             next(iter(script.global_batches(n, min(n, 256), 0, 0, 1)))
             ordered = time.perf_counter() - begun
             kept = images.paths.nbytes + (images.labels.nbytes if images.labels is not None else 0)
-            rows.append([n, f"{scanned:.4f}", f"{ordered:.4f}", f"{kept / 1e6:.3f}", f"{kept / n:.0f}"])
+            peak = subprocess.run([sys.executable, "-c", PEAK, folder], cwd=ROOT, check=True, capture_output=True, text=True)
+            rows.append([n, f"{scanned:.4f}", f"{ordered:.4f}", f"{kept / 1e6:.3f}", f"{float(peak.stdout):.0f}"])
     table(rows)
 
 

@@ -15,6 +15,7 @@ import argparse
 import copy
 import importlib
 import itertools
+import statistics
 import time
 import warnings
 
@@ -133,16 +134,18 @@ def row(name, flags, cli):
     s = Stepper(name, flags, cli)
     times = measure({"step": s.step, "plain": lambda: s.networks(s.plain), "grouped": lambda: s.networks(s.grouped)},
                     cli.repeats, lambda: clock(s.device))
-    parts = {k: min(v[-cli.repeats:]) for k, v in s.seconds.items()}  # what disturbs only adds time, and more to long parts
-    own = min(times["plain"])
-    parts["logging"] /= s.args.log_every  # logged once in so many steps
-    parts["method"] = max(0.0, parts.pop("rest") - parts["EMA"] - own)  # forward() holds an EMA
-    whole = own + sum(parts.values())
-    bn = min(times["grouped"]) / own
-    groups = s.args.bn_groups
-    return [f"{name.removesuffix('_asym')} {flags}".strip(), s.args.batch_size, f"{s.args.batch_size / whole:.0f}",
-            f"{1e3 * whole:.0f}", f"{own / whole:.0%}", *(f"{parts[k] / whole:.1%}" for k in PARTS),
-            f"{1 - own / whole:.1%}", f"{bn:.2f}" if groups > 1 else "1 group", s.waits()]
+    own, parts = times["plain"], {k: v[-cli.repeats:] for k, v in s.seconds.items()}
+    parts["logging"] = [x / s.args.log_every for x in parts["logging"]]  # logged once in so many steps
+    rests = zip(parts.pop("rest"), parts["EMA"], own, strict=True)
+    parts["method"] = [rest - ema - networks for rest, ema, networks in rests]  # forward() holds an EMA
+    whole = [sum(seconds) for seconds in zip(own, *parts.values(), strict=True)]  # of each round
+    overhead = sorted(1 - a / b for a, b in zip(own, whole, strict=True))
+    bn = statistics.median(a / b for a, b in zip(times["grouped"], own, strict=True))
+    shares = [statistics.median(a / b for a, b in zip(parts[k], whole, strict=True)) for k in PARTS]
+    step, groups = statistics.median(whole), s.args.bn_groups
+    return [f"{name.removesuffix('_asym')} {flags}".strip(), s.args.batch_size, f"{s.args.batch_size / step:.0f}",
+            f"{1e3 * step:.0f}", *(f"{x:.1%}" for x in shares), f"{statistics.median(overhead):.1%}",
+            f"({overhead[0]:.0%} to {overhead[-1]:.0%})", f"{bn:.2f}" if groups > 1 else "1 group", s.waits()]
 
 
 def main():
@@ -156,18 +159,19 @@ def main():
     p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
     p.add_argument("--channels-last", action="store_true", help="networks and views in channels-last layout")
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--repeats", type=int, default=15)
+    p.add_argument("--repeats", type=int, default=21)
     cli = p.parse_args()
     machine(cli.threads, cli.device)
     if cli.channels_last or cli.amp != "off":
         print(f"amp {cli.amp}{', channels-last' * cli.channels_last}; compare with a run without\n")
-    rows = [[f"{cli.recipe} recipe", "batch", "img/s", "ms", "networks", *PARTS, "overhead", "BN", "waits"]]
+    rows = [[f"{cli.recipe} recipe", "batch", "img/s", "ms", *PARTS, "overhead", "(range)", "BN", "waits"]]
     for name in cli.scripts:
         for design in DESIGNS if cli.designs else ("",):
             groups = "--bn-groups 8" if "bn" in design and name != "mocov2_asym" else ""
             rows.append(row(name, f"{design} {groups} {cli.flags}".strip(), cli))
     table(rows)
-    print("BN: networks with virtual-device BatchNorm / with torch's. The fastest of", cli.repeats, "interleaved repeats.")
+    print(f"Medians of {cli.repeats} rounds, in each of which the step, the networks alone and those with virtual devices take\n"
+          "turns; shares are of the round's step. BN: networks with virtual-device BatchNorm / with torch's.")
 
 
 if __name__ == "__main__":
