@@ -569,8 +569,8 @@ def open_backbone(args):
     mean = args.mean or about.get("mean", data.IMAGENET[0])
     std = args.std or about.get("std", data.IMAGENET[1])
     net = Frozen(net, args.img_size or count(choice[arch].img_size), bicubic, mean, std)
-    check(all(v.isfinite().all() for v in net.state_dict().values()), f"{path} has weights, or a mean and std, "
-          "that are not finite; use another")
+    check(all(v.isfinite().all() for v in net.state_dict().values()),
+          f"{path} has weights, or a mean or std, that are not finite; use another")
     return net.to(args.place), {
         "format": title, "arch": arch, "loaded": 0 if args.untrained else there, "of": of,
         "layer": "class token" if vit else "pooled", "dim": width, "size": net.size,
@@ -752,7 +752,7 @@ class Run:
                 sentence(*pair)
             all_sum(torch.zeros(1))  # all have looked
         except Exception as e:  # a foreign file raises nearly anything
-            stop(f"--out {self.out} cannot be used ({type(e).__name__}: {e}); use another, or --overwrite")
+            stop(f"--out {self.out} cannot be used ({reason(e)}); use another, or --overwrite")
         differ = ", ".join(f"{k} {a} there, {b} here" for k, a, b in pairs if a != b)
         check(not differ, f"--out {self.out} holds another probe ({differ}); use another, or --overwrite")
         if fresh:
@@ -968,12 +968,12 @@ def guarded(args):
         e.__traceback__ = None  # whose frames hold the workers: the exit would wait for them
         stop(str(e).splitlines()[-1].split("DataError: ")[-1])
     except RuntimeError as e:
-        if "allocate" in str(e):
-            stop(f"out of memory ({reason(e)}); use a smaller --batch-size or --img-size", 1)
-        if not any(word in str(e) for word in ("gloo", "NCCL", "DataLoader worker")):
+        why = [line.split("RuntimeError: ")[-1] for line in str(e).splitlines() if "allocate" in line]
+        if not why and not any(word in str(e) for word in ("gloo", "NCCL", "DataLoader worker")):
             raise
         e.__traceback__ = None
-        stop(f"lost another process ({reason(e)}); the same command continues", 1)
+        stop(f"out of memory ({why[0]}); use a smaller --batch-size or --img-size" if why else
+             f"lost another process ({reason(e)}); the same command continues", 1)
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
