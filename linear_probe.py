@@ -540,6 +540,7 @@ def open_backbone(args):
         about = json.loads(beside.read_text())
     state, title = backbone_of(found, encoder, path)
     vit = "conv_proj.weight" in state
+    stem = state["conv_proj.weight" if vit else "conv1.weight"].shape[-1]
     method = about.get("method", "mocov3_asym" if vit else "mocov2_asym")
     check(method in SCRIPTS, f"{path} is of {method!r}, and there are {', '.join(SCRIPTS)}; put that script "
           "beside linear_probe.py, named ..._asym.py, or use the backbone.pth alone, in another folder")
@@ -550,8 +551,7 @@ def open_backbone(args):
         flags = SimpleNamespace(**about["args"])
         choice, bicubic = {flags.arch: flags}, script.augmentations(flags)[0].bicubic
     else:
-        stem, bicubic = state["conv_proj.weight" if vit else "conv1.weight"].shape[-1], False
-        size = 224 if stem == 7 else 32
+        bicubic, size = False, 224 if stem == 7 else 32
         if "encoder.pos_embedding" in state:  # a token per patch, and the class token
             size = math.isqrt(state["encoder.pos_embedding"].shape[1] - 1) * stem
         resnets = torchvision.models.list_models(torchvision.models, include="*resne*")
@@ -568,9 +568,10 @@ def open_backbone(args):
     tensors = net.state_dict().values()
     mean = args.mean or about.get("mean", data.IMAGENET[0])
     std = args.std or about.get("std", data.IMAGENET[1])
-    net = Frozen(net, args.img_size or count(choice[arch].img_size), bicubic, mean, std)
+    net = Frozen(net, args.img_size or pixels(choice[arch].img_size), bicubic, mean, std)
     check(all(v.isfinite().all() for v in net.state_dict().values()),
           f"{path} has weights, or a mean or std, that are not finite; use another")
+    check(net.size >= stem, f"--img-size {net.size}: the first convolution of {arch} has {stem} px; use more")
     return net.to(args.place), {
         "format": title, "arch": arch, "loaded": 0 if args.untrained else there, "of": of,
         "layer": "class token" if vit else "pooled", "dim": width, "size": net.size,
@@ -613,6 +614,7 @@ def nearest(script, choice, state):
 MAY_DIFFER = {"checkpoint", "out", "overwrite", "nproc", "workers", "device", "data_root", "download"}
 GRADIENT = {"lr", "lr_sweep", "batch_size", "epochs", "schedule", "cache_features", "cache_views"}
 USES = {"lars": GRADIENT, "sgd": GRADIENT, "lbfgs": {"max_iter", "knn_k"}, "knn": {"knn_k"}}
+pixels = number(int, 8, 2**31 - 1)  # fewer are no view in the six either
 
 
 def make_parser():
@@ -626,7 +628,7 @@ def make_parser():
     flag("--mean", type=number(float, -1e6, 1e6), nargs=3,
          help="of the normalisation; default: the run's, or ImageNet's")
     flag("--std", type=number(float, 1e-6, 1e6), nargs=3, help="likewise")
-    flag("--img-size", type=count, help="pixels; default: the run's, or by the first convolution 224 or 32")
+    flag("--img-size", type=pixels, help="pixels; default: the run's, or by the first convolution 224 or 32")
     flag("--data", help=f"{', '.join(data.NAMES)}, a data set of --transfer, or a folder; default: the run's")
     flag("--transfer", nargs="+", choices=["all", *TRANSFER], metavar="NAME",
          help=f"rows of Table 4, beside the paper's results: all, or of {', '.join(TRANSFER)}")

@@ -32,12 +32,12 @@ SENSIBLE = {  # values that a user may mean; mocov2's, which the other scripts s
 STRANGE = ["1_000", "9" * 30, "nan", "inf", "-inf", "1e400", "", " ", "x", "-3", "0", "0x10", "1e3", "١٢", "2**3", "--", "😀"]
 EVALUATION = {  # of the probe and the variance, beside what they share with the above
     "--encoder": ["source", "target", "both"], "--mean": [(0.5, 0.5, 0.5), (0, 0, 1), (9, 9)], "--std": [(1, 1, 1), (0.2, 0.2, 0)],
-    "--transfer": ["dtd", "cifar10", ("dtd", "pets"), "imagenet"], "--protocol": ["lars", "sgd", "lbfgs", "knn", "svm"],
+    "--transfer": ["dtd", "cifar10", ("dtd", "pets"), "imagenet"], "--epochs": [1, 2, 3, 0], "--protocol": ["lars", "sgd", "lbfgs", "knn", "svm"],
     "--lr-sweep": [(0.1, 1), (3,), (0, -1)], "--schedule": ["cosine", "step", "linear"], "--cache-views": [1, 2, 0], "--batch-size": [8, 16, 15, 64, 0],
     "--max-iter": [1, 3, 0], "--knn-k": [(3,), (1, 5), (500,), (0,)], "--views": [2, 3, 1], "--images": [16, 17, 5, 0], "--img-size": [8, 16, 1, 10**5, 0],
     "--designs": ["baseline", "strong,weak", "mean-enc-3", "multicrop", "sync-bn", "sync-bn-all", "tgt-recipe", "weak,", "mean-enc-0"],
     "--plot": ["f.xyz", "nowhere/f.png"], "--device": SENSIBLE["--device"] + ["cpu:7"], "--workers": [0, 1, 10**12],
-    "checkpoint": ["run", "run", "run/last.pt", "run/last.pt", "run/backbone.pth", "cut.pt", "list.pt", "edited.pt", "nowhere", "same"],
+    "checkpoint": ["run"] * 5 + ["run/last.pt"] * 5 + ["run/backbone.pth", "cut.pt", "list.pt", "edited.pt", "nowhere"],
 }
 LABOUR = "--mean-enc", "--mean-enc-src", "--num-small", "--img-size"  # 1,000 of these are no mistake, but hours
 SECONDS = 600  # after which a case hangs, on a busy machine too
@@ -199,7 +199,7 @@ def evaluate(folder, tries, seed, script):
         base, images = map(dice.choice, BASES[script])
         argv = [f"{folder}/{dice.choice(EVALUATION['checkpoint'])}", "--workers", "0", "--device", "cpu", *base.split()]
         argv += ["--data", f"{folder}/{images}"] * (dice.random() < 0.9)
-        some = dice.sample(actions, dice.choice([0, 0, 1, 1, 2, 3]))
+        some = dice.sample(actions, dice.choice([0, 0, 0, 1, 1, 1, 2, 3]))
         argv += flags(dice, some, SENSIBLE | EVALUATION, (*LABOUR, "--views", "--cache-views", "--epochs"))
         argv = [a.replace("nowhere/", f"{folder}/nowhere/").replace("f.xyz", f"{folder}/f.xyz") for a in argv]
         out = folder / f"fuzz{number}"

@@ -443,7 +443,7 @@ def test_timm_names_become_torchvisions_and_the_network_is_the_same(container):
 
 @pytest.mark.skipif(not HAS_VIT, reason="mocov3_asym.py is not there")
 @pytest.mark.parametrize("arch, size", [("vit_small", 224), ("vit_tiny", 32)])
-def test_published_vits_load_into_mocov3s(arch, size, tmp_path):
+def test_published_vits_load_into_mocov3s(arch, size, tmp_path, capsys):
     import mocov3_asym
     reference, width = mocov3_asym.build_vit(mocov3_asym.parse_args(["--arch", arch, "--img-size", str(size)]))
     args = args_of("--data", "demo")
@@ -454,6 +454,9 @@ def test_published_vits_load_into_mocov3s(arch, size, tmp_path):
     x = torch.rand(2, 3, size, size, generator=rng(3))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.IMAGENET)
     close(net(x), reference.eval()((x - mean) / std), 1e-4, 1e-5)
+    if reference.patch_size == 16:
+        few = ["--data", "demo", "--device", "cpu", "--img-size", 15]
+        assert f"--img-size 15: the first convolution of {arch} has 16 px" in refuse(capsys, args.checkpoint, *few)
 
 
 def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
@@ -835,6 +838,8 @@ def test_wrong_checkpoints_are_refused(run_folder, tmp_path, capsys, monkeypatch
     torch.save(broken, "nan.pth")
     assert "not finite" in refuse(capsys, "nan.pth", *data_flags)
     assert "has none" in refuse(capsys, run_folder / "backbone.pth", *data_flags, "--encoder", "target")
+    torch.save(resnet_state("resnet18"), "resnet.pth")
+    assert "--img-size: 7 is not in [8, " in refuse(capsys, "resnet.pth", *data_flags, "--img-size", 7)
     shutil.copytree(run_folder, "other")
     torch.save(resnet_state("resnet18"), "other/backbone.pth")
     message = refuse(capsys, "other", *data_flags)
