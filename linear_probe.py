@@ -19,6 +19,7 @@ is mocov2_asym.py's; the network comes from the script that made the checkpoint.
 """
 
 import argparse  # noqa: I001 (the last import is shorter this way)
+import fcntl
 import hashlib
 import importlib
 import itertools
@@ -45,8 +46,10 @@ import torchvision
 from common import data
 from common.augment import rng
 from common.lars import LARS
-from mocov2_asym import (CORES, SIGNALS, all_sum, count, dashed, gather, global_batches, join_processes, knn,
-                         lr_factor, mine, near, number, rank, reason, spawn, world_size)
+from mocov2_asym import (CORES, SIGNALS, all_sum, count, dashed, finite, gather, global_batches,
+                         join_processes, knn, lr_factor, mine, near, number, rank, reason, spawn, world_size)
+
+SCRIPTS = sorted(path.stem for path in Path(__file__).resolve().parent.glob("*_asym.py"))
 
 # ============================================================================== protocols
 PROTOCOLS = {  # lr: per 256 images. Epochs and schedule of sgd are our choice, the paper is silent
@@ -88,14 +91,18 @@ def train(args, run, task, features, stage, lrs, rows, judge_x, judge_labels):
         optimizer = LARS(groups, lr=0.0, momentum=0.9, adapt_1d=True)
     else:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    state = run.restore(stage, task.name) or {"step": 0}
-    first = state["step"]
-    run.forget(lambda line: (line.get("data"), line.get("stage")) == (task.name, stage)
-               and line["epoch"] > first // epoch)
-    if first:
+    total, summed, judge_x = args.epochs * epoch, torch.zeros(len(lrs), device=device), judge_x.to(device)
+
+    def resume(state):
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
-    total, summed, judge_x = args.epochs * epoch, torch.zeros(len(lrs), device=device), judge_x.to(device)
+        check(len(lrs) > 1 or finite(heads, optimizer),  # of a sweep's, the large may diverge
+              f"{run.path(stage, task.name)} holds values that are not finite; remove it")
+        return number(int, 0, total)(state["step"])
+
+    first = run.restore(stage, task.name, resume) or 0
+    run.forget(lambda line: (line.get("data"), line.get("stage")) == (task.name, stage)
+               and line["epoch"] > first // epoch)
     if args.protocol == "lars" and max(lrs) * batch / 256 * total < 3000:  # ImageNet's: 1.6 x 28,000
         say(f"warning: LARS moves a weight by lr x 0.001 of its norm in a step, and {total} steps are few "
             "to grow in: use --protocol lbfgs, or --lr-sweep 1 3 10 30")
@@ -114,7 +121,8 @@ def train(args, run, task, features, stage, lrs, rows, judge_x, judge_labels):
         summed, done = summed + loss.detach(), step + 1
         if done % epoch == 0:
             mean, passed = (all_sum(summed) / world_size() / epoch).tolist(), done // epoch
-            check(len(lrs) > 1 or math.isfinite(mean[0]), f"the loss of epoch {passed} is {mean[0]}: "
+            check(len(lrs) > 1 or math.isfinite(mean[0]) and finite(heads, optimizer),
+                  f"epoch {passed} ends with a loss of {mean[0]}, or with weights that are not finite: "
                   f"--lr {lrs[0]} is too large; try a tenth of it, or --lr-sweep")
             entry = {"data": task.name, "stage": stage, "epoch": passed, "lr": lrs, "loss": mean,
                      task.metric: grades(task, heads, judge_x, judge_labels),
@@ -510,6 +518,15 @@ def backbone_of(found, encoder, path):
 
 
 def load_backbone(args):
+    """What open_backbone() gives."""
+    try:
+        return open_backbone(args)
+    except Exception as e:  # a foreign or edited file raises nearly anything
+        stop(f"{args.checkpoint} cannot be used ({reason(e)}): what it holds, or the args.json beside it, is "
+             "cut short or of no run; use another, or the backbone.pth alone, in another folder")
+
+
+def open_backbone(args):
     """The Frozen network of a checkpoint, and a dict about it. A run's args.json or last.pt tell the arch,
     size, interpolation and normalisation. For other files: the architecture whose tensors fit; 224 px, or 32
     with the 3 x 3 convolution of CIFAR's stem; bilinear; ImageNet's normalisation."""
@@ -523,16 +540,18 @@ def load_backbone(args):
         about = json.loads(beside.read_text())
     state, title = backbone_of(found, encoder, path)
     vit = "conv_proj.weight" in state
-    try:
-        script = importlib.import_module(about.get("method", "mocov3_asym" if vit else "mocov2_asym"))
-    except ImportError as e:
-        stop(f"{path}: its network is another script's ({e}); put that script beside linear_probe.py")
+    stem = state["conv_proj.weight" if vit else "conv1.weight"].shape[-1]
+    method = about.get("method", "mocov3_asym" if vit else "mocov2_asym")
+    check(method in SCRIPTS, f"{path} is of {method!r}, and there are {', '.join(SCRIPTS)}; put that script "
+          "beside linear_probe.py, named ..._asym.py, or use the backbone.pth alone, in another folder")
+    script = importlib.import_module(method)  # which runs it
+    check(about is not found or found.get("format") == script.FORMAT, f"{path} has format "
+          f"{found.get('format')}, not {script.FORMAT}; use the version that wrote it")
     if about:
         flags = SimpleNamespace(**about["args"])
         choice, bicubic = {flags.arch: flags}, script.augmentations(flags)[0].bicubic
     else:
-        stem, bicubic = state["conv_proj.weight" if vit else "conv1.weight"].shape[-1], False
-        size = 224 if stem == 7 else 32
+        bicubic, size = False, 224 if stem == 7 else 32
         if "encoder.pos_embedding" in state:  # a token per patch, and the class token
             size = math.isqrt(state["encoder.pos_embedding"].shape[1] - 1) * stem
         resnets = torchvision.models.list_models(torchvision.models, include="*resne*")
@@ -547,16 +566,18 @@ def load_backbone(args):
     if not args.untrained:
         net.load_state_dict(state, strict=False)  # names and shapes were compared
     tensors = net.state_dict().values()
-    check(all(v.isfinite().all() for v in tensors), f"{path} has weights that are not finite; use another")
     mean = args.mean or about.get("mean", data.IMAGENET[0])
     std = args.std or about.get("std", data.IMAGENET[1])
-    net = Frozen(net, args.img_size or choice[arch].img_size, bicubic, mean, std)
+    net = Frozen(net, args.img_size or pixels(choice[arch].img_size), bicubic, mean, std)
+    check(all(v.isfinite().all() for v in net.state_dict().values()),
+          f"{path} has weights, or a mean or std, that are not finite; use another")
+    check(net.size >= stem, f"--img-size {net.size}: the first convolution of {arch} has {stem} px; use more")
     return net.to(args.place), {
         "format": title, "arch": arch, "loaded": 0 if args.untrained else there, "of": of,
         "layer": "class token" if vit else "pooled", "dim": width, "size": net.size,
         "interpolation": "bicubic" if bicubic else "bilinear", "mean": mean, "std": std,
         "weights": hashlib.sha256(b"".join(v.numpy().tobytes() for v in tensors)).hexdigest()[:16],
-        "data": about["args"]["data"] if about else None}
+        "data": str(about["args"]["data"]) if about else None}
 
 
 def build(script, flags):
@@ -593,6 +614,7 @@ def nearest(script, choice, state):
 MAY_DIFFER = {"checkpoint", "out", "overwrite", "nproc", "workers", "device", "data_root", "download"}
 GRADIENT = {"lr", "lr_sweep", "batch_size", "epochs", "schedule", "cache_features", "cache_views"}
 USES = {"lars": GRADIENT, "sgd": GRADIENT, "lbfgs": {"max_iter", "knn_k"}, "knn": {"knn_k"}}
+pixels = number(int, 8, 2**31 - 1)  # fewer are no view in the six either
 
 
 def make_parser():
@@ -603,17 +625,18 @@ def make_parser():
     flag("checkpoint", help="the folder of a run, its last.pt or backbone.pth, or a published file")
     flag("--encoder", choices=("source", "target"), default="source", help="which of the two")
     flag("--untrained", action="store_true", help="the same network as initialised, to compare with")
-    flag("--mean", type=float, nargs=3, help="of the normalisation; default: the run's, or ImageNet's")
-    flag("--std", type=number(float, 1e-6), nargs=3, help="likewise")
-    flag("--img-size", type=count, help="pixels; default: the run's, or by the first convolution 224 or 32")
+    flag("--mean", type=number(float, -1e6, 1e6), nargs=3,
+         help="of the normalisation; default: the run's, or ImageNet's")
+    flag("--std", type=number(float, 1e-6, 1e6), nargs=3, help="likewise")
+    flag("--img-size", type=pixels, help="pixels; default: the run's, or by the first convolution 224 or 32")
     flag("--data", help=f"{', '.join(data.NAMES)}, a data set of --transfer, or a folder; default: the run's")
     flag("--transfer", nargs="+", choices=["all", *TRANSFER], metavar="NAME",
          help=f"rows of Table 4, beside the paper's results: all, or of {', '.join(TRANSFER)}")
     flag("--data-root", default="data", metavar="DIR", help="where data sets are, or go")
     flag("--download", action="store_true", help="let torchvision download data sets")
     flag("--protocol", choices=USES, help="default: lars for folders of 100,000 images and more, else lbfgs")
-    flag("--lr", type=number(float, 0), help="lars, sgd: per 256 images; scaled by batch size / 256")
-    flag("--lr-sweep", type=number(float, 0), nargs="*", metavar="LR", help="choose; default: LR_SWEEP")
+    flag("--lr", type=number(float, 0, 1e9), help="lars, sgd: per 256 images; scaled by batch size / 256")
+    flag("--lr-sweep", type=number(float, 0, 1e9), nargs="*", metavar="LR", help="choose; default: LR_SWEEP")
     flag("--batch-size", type=count, help="lars, sgd: images per step, of all processes together")
     flag("--epochs", type=count, help="lars, sgd: length of training")
     flag("--schedule", choices=("cosine", "step"), help="step: MoCo's, a tenth at 60 and 80 %%")
@@ -621,8 +644,9 @@ def make_parser():
     flag("--cache-views", type=count, metavar="K", help="lars, sgd: on those of K random crops of each image")
     flag("--max-iter", type=count, default=100, help="lbfgs: iterations per l2; the last fit: x 10")
     flag("--knn-k", type=count, nargs="+", default=[200, 20], metavar="K", help="neighbours that vote")
-    flag("--seed", type=number(int, 0), default=0, help="of held-out images, crops, classifier, --untrained")
-    flag("--workers", type=number(int, 0), help="loader processes of each process; default: up to 8")
+    flag("--seed", type=number(int, 0, 2**63 - 1), default=0,
+         help="of held-out images, crops, classifier, --untrained")
+    flag("--workers", type=number(int, 0, 1000), help="loader processes of each process; default: up to 8")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     flag("--nproc", type=count, default=1, help="start that many processes on this machine (or use torchrun)")
     flag("--out", metavar="DIR", help="default: runs/linear_probe-RUN-FLAGS; the same command again resumes")
@@ -705,8 +729,17 @@ class Run:
         flags = {k: v for k, v in vars(args).items() if k not in ("given", "place", "signal")}
         self.about = json.loads(json.dumps({"args": flags, "backbone": about, "torch": torch.__version__}))
         ours, result, self.file = (self.out / name for name in ("args.json", "result.json", "log.jsonl"))
+        self.lock = None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            if rank() == 0:
+                self.lock = os.open(self.out / ".lock", os.O_CREAT | os.O_RDWR)
+                try:  # the lock goes when this process does, even by kill -9
+                    fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    stop(f"--out {self.out} is in use by another process; wait for it, or use another")
+                except OSError:  # some file systems have no locks
+                    pass
             if rank() == 0 and args.overwrite:
                 for path in (ours, result, self.file, *self.out.glob("*.pt")):
                     path.unlink(missing_ok=True)
@@ -716,9 +749,12 @@ class Run:
                      for k, v in self.about[part].items() if k not in MAY_DIFFER]
             self.results = json.loads(result.read_text())["results"] if result.exists() else {}
             fresh = not ours.exists()
+            self.lines()  # what is broken stops it now, not after hours
+            for pair in self.results.items():
+                sentence(*pair)
             all_sum(torch.zeros(1))  # all have looked
         except Exception as e:  # a foreign file raises nearly anything
-            stop(f"--out {self.out} cannot be used ({type(e).__name__}: {e}); use another, or --overwrite")
+            stop(f"--out {self.out} cannot be used ({reason(e)}); use another, or --overwrite")
         differ = ", ".join(f"{k} {a} there, {b} here" for k, a, b in pairs if a != b)
         check(not differ, f"--out {self.out} holds another probe ({differ}); use another, or --overwrite")
         if fresh:
@@ -729,11 +765,17 @@ class Run:
     def path(self, what, name):
         return self.out / f"{what}-{Path(name).name}.pt"
 
-    def restore(self, what, name):
-        """What save() wrote, or None."""
+    def lines(self):
+        """The lines of the log, without the half one that a killed process leaves."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        return [json.loads(x) for x in lines if x.endswith("}")]
+
+    def restore(self, what, name, use):
+        """use(what save() wrote), or None if there is nothing."""
         path = self.path(what, name)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+            if path.exists():
+                return use(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as e:  # a truncated or foreign file raises nearly anything
             stop(f"{path} cannot be used ({reason(e)}); remove it, and the same command makes it again")
 
@@ -768,10 +810,9 @@ class Run:
             say("  " + "  ".join(f"{k} {brief(v)}" for k, v in entry.items()))
 
     def forget(self, repeated):
-        """Takes from the log what will be done again, and the half line that a killed process leaves."""
-        lines = self.file.read_text().splitlines() if rank() == 0 and self.file.exists() else []
-        lines = [x for x in lines if x.endswith("}") and not repeated(json.loads(x))]
-        self.write("log.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
+        """Takes from the log what will be done again."""
+        lines = [json.dumps(x) + "\n" for x in self.lines() if not repeated(x)] if rank() == 0 else []
+        self.write("log.jsonl", lambda path: path.write_text("".join(lines)))
 
 
 def work(args):
@@ -785,9 +826,18 @@ def work(args):
     all_sum(torch.zeros(1))
     args.download = False
     tasks, absent = load_tasks(args)
-    check(tasks, "\n".join(absent.values()))
+    check(tasks, "; ".join(absent.values()))
     resolve(args, tasks)
     run = Run(args, about)
+    try:
+        probe(args, run, net, about, tasks, absent)
+    finally:
+        if run.lock is not None:
+            os.close(run.lock)
+
+
+def probe(args, run, net, about, tasks, absent):
+    """What is left to do in the run's folder, and the report."""
     say(f"{args.checkpoint}: {about['format']}; {args.encoder} encoder, {about['arch']}, "
         f"{about['loaded']} of {about['of']} tensors loaded{', UNTRAINED' * args.untrained}\n"
         f"  {about['layer']} features of {about['dim']}; {net.size} px, {about['interpolation']}, "
@@ -806,7 +856,7 @@ def work(args):
         dist.destroy_process_group()
     if rank() == 0:  # what follows needs no images, and one process
         for name in [k for k in tasks if k not in run.results]:
-            task = Task(**run.restore("features", name))
+            task = run.restore("features", name, task_of)
             run.finish(name, learn(args, run, task, stored(args, task.x)))
         report(args, run, absent)
 
@@ -821,6 +871,15 @@ def load_tasks(args):
             check(args.transfer, e)
             absent[name] = str(e)
     return tasks, absent
+
+
+def task_of(state):
+    """The Task that look() stored, features and all."""
+    task = Task(**state)
+    n, d = task.test_x.shape
+    if task.x.shape[1:] != (len(task.labels), d) or n != len(task.test_labels):
+        raise ValueError("not a feature for each label")
+    return task
 
 
 def look(args, run, net, task, train_images, test_images):
@@ -844,6 +903,9 @@ def look(args, run, net, task, train_images, test_images):
 
 def learn(args, run, task, features):
     """A data set's result, as result.json has it."""
+    known = [x for x in (task.x, task.held_x, task.test_x) if x is not None]
+    check(all(x.isfinite().all() for x in known), f"the features of {task.name} are not finite; are the "
+          "network's weights, --mean and --std right? --overwrite makes them again")
     rule = "l2 search" if args.protocol == "lbfgs" else "lr search" if args.lr_sweep else "fixed"
     metric = task.metric
     votes = knn_probe(args, task) if args.protocol in ("knn", "lbfgs") and task.labels.ndim == 1 else {}
@@ -857,13 +919,18 @@ def learn(args, run, task, features):
             "held_out": 0 if rule == "fixed" else len(task.held), "test": len(task.test_labels), "knn": votes}
 
 
+def sentence(name, r):
+    """A data set's result in words."""
+    chosen = " ".join(f"{k} {brief(v)}" for k, v in r["chosen"].items())
+    held = f", on {r['held_out']} held-out training images" if r["held_out"] else ""
+    votes = "".join(f"; kNN k={k}: {v:.1%}" for k, v in r["knn"].items())
+    return (f"{name}: {r['metric']} {r['value']:.1%} of {r['test']} test images; {r['protocol']}, {chosen} "
+            f"({r['rule']}{held}){votes}")
+
+
 def report(args, run, absent):
     for name, r in run.results.items():
-        chosen = " ".join(f"{k} {brief(v)}" for k, v in r["chosen"].items())
-        held = f", on {r['held_out']} held-out training images" if r["held_out"] else ""
-        votes = "".join(f"; kNN k={k}: {v:.1%}" for k, v in r["knn"].items())
-        say(f"{name}: {r['metric']} {r['value']:.1%} of {r['test']} test images; {r['protocol']}, {chosen} "
-            f"({r['rule']}{held}){votes}")
+        say(sentence(name, r))
     if args.transfer:
         rule = next(iter(run.results.values()))["rule"]
         say(f"\n{'':12s}{'paper':>6s} {'here':>6s}   in %; {args.protocol}, {rule} (the paper: lr search)")
@@ -903,10 +970,12 @@ def guarded(args):
         e.__traceback__ = None  # whose frames hold the workers: the exit would wait for them
         stop(str(e).splitlines()[-1].split("DataError: ")[-1])
     except RuntimeError as e:
-        if not any(word in str(e) for word in ("gloo", "NCCL", "DataLoader worker")):
+        why = [line.split("RuntimeError: ")[-1] for line in str(e).splitlines() if "allocate" in line]
+        if not why and not any(word in str(e) for word in ("gloo", "NCCL", "DataLoader worker")):
             raise
         e.__traceback__ = None
-        stop(f"lost another process ({reason(e)}); the same command continues", 1)
+        stop(f"out of memory ({why[0]}); use a smaller --batch-size or --img-size" if why else
+             f"lost another process ({reason(e)}); the same command continues", 1)
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -917,10 +986,14 @@ def guarded(args):
 def main(argv=None):
     args = parse_args(argv)
     check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other; drop one")
-    kind, gpus = args.device.split(":")[0], torch.cuda.device_count()
-    check(kind in ("cpu", "cuda", "mps"), f"--device {args.device} is unknown; use cpu, cuda or mps")
-    check(kind != "cuda" or gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc)),
-          f"--device {args.device}: torch sees {gpus} GPU(s); use --device cpu, or fewer processes")
+    (kind, _, i), local = args.device.partition(":"), int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))
+    check(args.device in ("cpu", "cuda", "mps") or kind == "cuda" and i.isdecimal(),
+          f"--device {args.device} is unknown; use cpu, cuda, cuda:N or mps")
+    gpus, world = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", args.nproc))
+    check(kind != "cuda" or max(local, int(i or 0) + 1) <= gpus, f"--device {args.device}, {local} "
+          f"process(es): torch sees {gpus or 'no'} GPU; start fewer, or use --device cpu")
+    check(kind != "mps" or torch.backends.mps.is_available() and world == 1,
+          "--device mps: not available, or more than one process; use --device cpu")
     return spawn(argv, args.nproc, child) if args.nproc > 1 else guarded(args)
 
 

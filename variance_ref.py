@@ -30,6 +30,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -84,23 +85,20 @@ def open_checkpoint(args):
     Returns the training script, its arguments for the baseline, the source's weights, (mean, std)."""
     path = Path(args.checkpoint)
     path = path / "last.pt" if path.is_dir() else path
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        ours = "method" in state
-        prefix, entries = ("source.", state["model"]) if ours else ("module.encoder_q.", state["state_dict"])
-        weights = {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
-        linear = [v for k, v in weights.items() if k.startswith(("projector.", "fc.")) and v.ndim == 2]
-        run, stats = (dict(state["args"]), (state["mean"], state["std"])) if ours else ({}, data.IMAGENET)
-    except Exception as e:  # a truncated or foreign file raises nearly anything
-        why = f"{type(e).__name__}: {' '.join(str(e).split()):.150}"
-        stop(f"{path} cannot be used ({why}); give a run's folder, its last.pt (not backbone.pth, which has "
-             "no projector), or a checkpoint of asym-siam")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    ours = "method" in state
+    prefix, entries = ("source.", state["model"]) if ours else ("module.encoder_q.", state["state_dict"])
+    weights = {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+    linear = [v for k, v in weights.items() if k.startswith(("projector.", "fc.")) and v.ndim == 2]
+    stats = data.IMAGENET
     check(len(linear) > 1, f"{path} has no projector in {prefix}*, and v is of its outputs; use one that has")
     if ours:
         script = load_script(state["method"])
         check(state.get("format") == script.FORMAT, f"{path} has format {state.get('format')}, not "
               f"{script.FORMAT}; use the version that wrote it")
-        run.update(PLAIN)
+        kinds = {"data": str, "data_root": str, "batch_size": count, "bn_groups": count, "workers": few}
+        run = {**state["args"], **{k: kind(state["args"][k]) for k, kind in kinds.items()}, **PLAIN}
+        stats = torch.tensor([state["mean"], state["std"]], dtype=torch.double).view(2, 3).tolist()
     else:  # their fc.0, 1, 3, 5 are projector.0, 1, 3, 5 here, and MoCo v2's fc.0, 2 are --vanilla-head's
         check(args.data, "--data: this checkpoint does not name its data; give the folder")
         script = load_script("mocov2_asym")
@@ -129,13 +127,13 @@ def load_script(name):
 def encoding_sums(script, args, weights, bags_of, images, views, device):
     """Sums over its views of each image's unit encodings: float32 (N, d), the same on all processes."""
     torch.manual_seed(args.seed)
-    encoder = script.Method(args).source
     try:
+        encoder = script.Method(args).source
         encoder.load_state_dict(weights)
-    except RuntimeError as e:
+        bags, sums = bags_of(script.plan_views(args)), torch.zeros(len(images), args.dim)
+    except Exception as e:  # its arguments may be of any kind
         stop(f"the checkpoint's weights are not those of its {args.arch} ({' '.join(str(e).split()):.200})")
     encoder, n, total, bad = encoder.to(device), args.batch_size, len(images), set()
-    bags, sums = bags_of(script.plan_views(args)), torch.zeros(total, args.dim)
     for view in range(views):
         order = torch.randperm(total, generator=rng(args.seed, "mates", view))
         batches = torch.cat([order, order[: -total % n]]).split(n)  # the last is filled up, for its BN
@@ -201,7 +199,7 @@ def pyplot():
 def save(figure, path):
     try:
         figure.savefig(path, dpi=150, bbox_inches="tight")
-    except (OSError, ValueError) as e:  # ValueError: a format that matplotlib does not know
+    except OSError as e:
         stop(f"--plot {path} cannot be written ({e})", 1)
 
 
@@ -370,52 +368,78 @@ def make_parser():
     flag("checkpoint", nargs="?", help="a run's folder, its last.pt, or a checkpoint of asym-siam or MoCo v2")
     flag("--data", help="default: the run's. Encoded are the images that ask in kNN (val/), or all")
     flag("--data-root", metavar="DIR", help="where torchvision's data sets are; default: the run's")
-    flag("--images", type=whole(1), metavar="N", help="so many, evenly spaced; default: all")
+    flag("--images", type=count, metavar="N", help="so many, evenly spaced; default: all")
     flag("--views", type=whole(2), default=32, metavar="R", help="of each image (32 in Sec. 7)")
     flag("--designs", default="all", metavar="A,B", help=f"all, or some of {','.join(DESIGNS)},mean-enc-N")
-    flag("--batch-size", type=whole(1), help="of all processes together; default: the run's")
-    flag("--bn-groups", type=whole(1), metavar="G", help="virtual devices of BatchNorm; default: the run's")
-    flag("--seed", type=whole(0), default=0, help="of views and batch-mates")
+    flag("--batch-size", type=count, help="of all processes together; default: the run's")
+    flag("--bn-groups", type=count, metavar="G", help="virtual devices of BatchNorm; default: the run's")
+    flag("--seed", type=whole(0, 2**63 - 1), default=0, help="of views and batch-mates")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
-    flag("--workers", type=whole(0), help="loader processes of each process; default: the run's")
-    flag("--nproc", type=whole(1), default=1, help="start that many processes here (or use torchrun)")
+    flag("--workers", type=few, help="loader processes of each process; default: the run's")
+    flag("--nproc", type=count, default=1, help="start that many processes here (or use torchrun)")
     flag("--out", default="variance.json", metavar="FILE", help="all numbers, v_i of each image among them")
     flag("--plot", metavar="FILE.png", help="Fig. 2, or what --theory finds; needs matplotlib")
     flag("--theory", action="store_true", help="check Sec. 5 by simulation: one minute, no checkpoint")
     return p
 
 
-def whole(low):
-    """An argparse type: a whole number, low or more."""
+def whole(low, high=2**31 - 1):
+    """An argparse type: a whole number in [low, high]."""
     def parse(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return int(text)
 
     parse.__name__ = "int"  # for argparse's messages
     return parse
 
 
+count, few = whole(1), whole(0, 1000)
+
+
 def parse_args(argv):
-    args = make_parser().parse_args(argv)
+    p = make_parser()
+    args = p.parse_args(argv)
     empty = ["--" + k.replace("_", "-") for k, v in vars(args).items() if v == []]  # argparse's for --seed=--
     check(not empty, f"{' '.join(empty)}: -- is no value; give one, or leave the flag out")
     check(args.theory != bool(args.checkpoint), "give a checkpoint, or --theory and none")
+    given = {k for k, v in vars(args).items() if v != p.get_default(k)}
+    useless = [f"--{k.replace('_', '-')}" for k in sorted(given - {"theory", "seed", "plot"})]
+    check(not args.theory or not useless, f"{' '.join(useless)}: nothing in --theory to act on; leave it out")
     return args
 
 
 def prepare(args):
     """Checkpoint and designs; refuses, before any work, what cannot work."""
-    if args.plot:
-        pyplot()
-    script, plain, weights, stats = open_checkpoint(args)
-    first, second = script.augmentations(plain)
     designs = {}
-    for name, (flags, *rest) in choose(args.designs, plain, first != second).items():
-        changed = argparse.Namespace(**{**vars(plain), **flags})
-        script.check_flags(changed, int(os.environ.get("WORLD_SIZE", args.nproc)))
-        designs[name] = changed, *rest
+    try:
+        script, plain, weights, stats = open_checkpoint(args)
+        first, second = script.augmentations(plain)
+        for name, (flags, *rest) in choose(args.designs, plain, first != second).items():
+            changed = argparse.Namespace(**{**vars(plain), **flags})
+            script.check_flags(changed, int(os.environ.get("WORLD_SIZE", args.nproc)))
+            designs[name] = changed, *rest
+    except Exception as e:  # a truncated or foreign file raises nearly anything
+        why = f"{type(e).__name__}: {' '.join(str(e).split()):.150}"
+        stop(f"{args.checkpoint} cannot be used ({why}); give a run's folder, its last.pt (not backbone.pth, "
+             "which has no projector), or a checkpoint of asym-siam")
     return script, plain, weights, stats, designs
+
+
+def check_files(args):
+    """Whether --out and --plot can be written: now, not when all has been measured."""
+    for flag, path in (("--out", None if args.theory else args.out), ("--plot", args.plot)):
+        try:
+            if path is not None:
+                check(path and not os.path.isdir(path), f"{flag} {path!r} is no file; name one")
+                with tempfile.TemporaryFile(dir=os.path.dirname(path) or "."):
+                    pass
+        except OSError as e:
+            stop(f"{flag} {path} cannot be written ({e.strerror}); name a file in another folder")
+    if args.plot is not None:
+        kinds = pyplot().gcf().canvas.get_supported_filetypes()
+        kind = os.path.splitext(args.plot)[1][1:].lower() or "png"
+        check(kind in kinds, f"--plot {args.plot}: no such format; use one of {' '.join(kinds)}")
 
 
 def work(args):
@@ -483,6 +507,8 @@ def stop(message, code=2):
 
 def main(argv=None):
     args = parse_args(argv)
+    if int(os.environ.get("RANK", 0)) == 0:  # which writes
+        check_files(args)
     if args.theory:
         found = theory(args.seed)
         print_theory(*found)

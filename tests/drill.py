@@ -568,7 +568,8 @@ def fuzzing(place, tries, seed=1):
     """Random command lines: each a step, or one line that says why not"""
     import test_fuzz
 
-    return test_fuzz.run(place.folder, tries, seed)
+    said = [test_fuzz.run(place.folder, tries, seed)]
+    return "; ".join(said + [test_fuzz.evaluate(place.folder / name, tries // 2, seed, name) for name in test_fuzz.BASES])
 
 
 DRILLS = {  # name: function, tries by default

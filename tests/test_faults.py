@@ -648,9 +648,14 @@ def test_a_probe_that_cannot_write_or_read(place, checkpoint, probe_whole, capsy
     complete(probe_line(place, checkpoint, out), script="linear_probe")
     (out / "result.json").unlink()
     kept = next(out.glob("final-*.pt"))
-    for bad in (kept.read_bytes()[:700], b"", pickle.dumps(Code(tmp_path / "executed"))):
-        kept.write_bytes(bad)
-        assert "remove it" in refused(probe_line(place, checkpoint, out)) and not (tmp_path / "executed").exists()
+    state = torch.load(kept, weights_only=True)
+    heads, optimizer = state["heads"], state["optimizer"]
+    moments = {i: {k: v * math.nan for k, v in moment.items()} for i, moment in optimizer["state"].items()}
+    for bad in (kept.read_bytes()[:700], b"", pickle.dumps(Code(tmp_path / "executed")), {"weight": heads["0.weight"]}, [1],
+                {**state, "step": 10**6}, {**state, "step": "x"}, {**state, "heads": {k: v * math.nan for k, v in heads.items()}},
+                {**state, "heads": {}}, {**state, "optimizer": {**optimizer, "state": moments}}):
+        kept.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, kept)
+        assert "remove it" in refused(probe_line(place, checkpoint, out)) and not (tmp_path / "executed").exists(), bad
     kept.unlink()
     complete(probe_line(place, checkpoint, out), script="linear_probe")
     assert probed(out) == probe_whole

@@ -103,7 +103,7 @@ class NoRun:
     def save(self, what, name, state):
         self.saved[what] = json.loads(json.dumps(state, default=lambda t: t.tolist()))
 
-    def restore(self, what, name):
+    def restore(self, what, name, use):
         return None
 
 
@@ -443,7 +443,7 @@ def test_timm_names_become_torchvisions_and_the_network_is_the_same(container):
 
 @pytest.mark.skipif(not HAS_VIT, reason="mocov3_asym.py is not there")
 @pytest.mark.parametrize("arch, size", [("vit_small", 224), ("vit_tiny", 32)])
-def test_published_vits_load_into_mocov3s(arch, size, tmp_path):
+def test_published_vits_load_into_mocov3s(arch, size, tmp_path, capsys):
     import mocov3_asym
     reference, width = mocov3_asym.build_vit(mocov3_asym.parse_args(["--arch", arch, "--img-size", str(size)]))
     args = args_of("--data", "demo")
@@ -454,6 +454,9 @@ def test_published_vits_load_into_mocov3s(arch, size, tmp_path):
     x = torch.rand(2, 3, size, size, generator=rng(3))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.IMAGENET)
     close(net(x), reference.eval()((x - mean) / std), 1e-4, 1e-5)
+    if reference.patch_size == 16:
+        few = ["--data", "demo", "--device", "cpu", "--img-size", 15]
+        assert f"--img-size 15: the first convolution of {arch} has 16 px" in refuse(capsys, args.checkpoint, *few)
 
 
 def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
@@ -835,14 +838,41 @@ def test_wrong_checkpoints_are_refused(run_folder, tmp_path, capsys, monkeypatch
     torch.save(broken, "nan.pth")
     assert "not finite" in refuse(capsys, "nan.pth", *data_flags)
     assert "has none" in refuse(capsys, run_folder / "backbone.pth", *data_flags, "--encoder", "target")
+    torch.save(resnet_state("resnet18"), "resnet.pth")
+    assert "--img-size: 7 is not in [8, " in refuse(capsys, "resnet.pth", *data_flags, "--img-size", 7)
     shutil.copytree(run_folder, "other")
     torch.save(resnet_state("resnet18"), "other/backbone.pth")
     message = refuse(capsys, "other", *data_flags)
     assert "does not fit tiny, its run's architecture" in message and "tensor(s) surplus: layer1.1" in message
-    about = json.loads(Path("other/args.json").read_text())
-    Path("other/args.json").write_text(json.dumps({**about, "method": "mocov9_asym"}))
-    assert "put that script beside" in refuse(capsys, "other", *data_flags)
     assert not Path("out").exists() and not Path("runs").exists()
+
+
+def test_what_a_checkpoint_says_of_its_run_is_not_trusted(run_folder, tmp_path, capsys, monkeypatch):
+    """Neither last.pt nor the args.json beside backbone.pth; no module but the six scripts is imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "planted.py").write_text("raise SystemExit(77)")
+    state = torch.load(run_folder / "last.pt", weights_only=True)
+    args, last, argv = state["args"], tmp_path / "last.pt", [*flags("knn"), "--out", tmp_path / "out"]
+    for change, words in (
+        ({"method": "planted"}, "is of 'planted', and there are barlow_asym"), ({"method": "this"}, "put that script beside"),
+        ({"method": "common.data"}, "put that script"), ({"method": 3}, "is of 3"), ({"method": None}, "is of None"),
+        ({"format": 7}, f"has format 7, not {mocov2_asym.FORMAT}"), ({"format": None}, "has format None"),
+        ({"args": {}}, "cannot be used"), ({"args": [1]}, "cannot be used"), ({"args": None}, "cannot be used"),
+        ({"mean": [1.0]}, "cannot be used"), ({"std": "abc"}, "cannot be used"), ({"std": [0.0] * 3}, "are not finite"),
+        ({"mean": [math.nan] * 3}, "are not finite"), ({"args": {**args, "arch": "resnet7"}}, "cannot be used"),
+        ({"args": {**args, "arch": "vit_tiny"}}, "cannot be used"), ({"args": {**args, "img_size": "x"}}, "cannot be used"),
+        ({"args": {**args, "img_size": -1}}, "cannot be used"), ({"args": {**args, "data": 7}}, "--data 7: no such folder"),
+    ):
+        torch.save({**state, **change}, last)
+        assert words in refuse(capsys, last, *argv), change
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    shutil.copytree(run_folder, tmp_path / "other")
+    about = (run_folder / "args.json").read_text()
+    changed = [json.dumps({**json.loads(about), k: v}) for k, v in (("method", "planted"), ("args", []), ("mean", 1))]
+    for text, words in zip([*changed, about[:100], "[]", ""], ["is of 'planted'", *["args.json beside it"] * 5], strict=True):
+        (tmp_path / "other" / "args.json").write_text(text)
+        assert words in refuse(capsys, tmp_path / "other", *argv), text
+    assert not {"planted", "this"} & sys.modules.keys() and not (tmp_path / "out").exists()
 
 
 def test_a_file_that_would_run_code_does_not(tmp_path, capsys):
@@ -872,7 +902,15 @@ def test_wrong_flags_and_data_are_refused_before_any_work(run_folder, tmp_path, 
     assert "--lr: nothing in --protocol lbfgs" in says("--lr", 1) and "--max-iter" in says("--protocol", "knn", "--max-iter", 5, "--knn-k", 5)
     assert "drop one" in says("--protocol", "sgd", "--lr", 1, "--lr-sweep") and "drop one" in says("--data", "demo", "--transfer", "dtd")
     assert "invalid choice" in says("--transfer", "imagenet") and "unrecognized" in says("--lrr", 3)
-    assert "is not in" in says("--std", 0, 1, 1) and "unknown" in refuse(capsys, run_folder, "--device", "tpu")
+    assert "is not in" in says("--std", 0, 1, 1) and "is not in" in says("--mean", "nan", 1, 1)
+    assert "is not in" in says("--seed", "9" * 20) and "--workers: 1000000000000 is not in" in says("--workers", 10**12)
+    for device in ("tpu", "cpu:7", "cuda:x", "mps:0"):
+        assert f"--device {device} is unknown" in refuse(capsys, run_folder, "--device", device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "cuda:2, 1 process(es): torch sees 2 GPU" in refuse(capsys, run_folder, "--device", "cuda:2")
+    assert "3 process(es): torch sees 2 GPU" in refuse(capsys, run_folder, "--device", "cuda", "--nproc", 3)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert "--device mps: not available" in refuse(capsys, run_folder, "--device", "mps")
     with monkeypatch.context() as patch:
         patch.setenv("RANK", "0")
         assert "exclude each other" in says("--nproc", 2)
@@ -882,8 +920,25 @@ def test_wrong_flags_and_data_are_refused_before_any_work(run_folder, tmp_path, 
     whole = (tmp_path / "trunc" / "a" / "0.png").read_bytes()
     (tmp_path / "trunc" / "a" / "0.png").write_bytes(whole[: len(whole) // 2])
     assert "1 unreadable" in says("--data", "trunc") and "0.png: repair or remove" in says("--data", "trunc")
+    message = says("--transfer", "dtd", "birdsnap", "--data-root", "d")  # of all that are absent, in one line
+    assert "dtd is not in" in message and "into d/birdsnap" in message
     written = {p.name for p in tmp_path.iterdir()} - {"loose", "one", "trunc"}
     assert not written, written
+
+
+def test_too_little_memory_is_said_in_a_line(run_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(run_folder, *flags("knn"), "--img-size", 10**6, "--out", tmp_path / "out")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 1 and err.startswith("linear_probe: out of memory (") and err.count("\n") == 1, err
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_no_result(run_folder, tmp_path, capsys, monkeypatch):
+    """The loss of an epoch of one step is measured before it."""
+    argv = [run_folder, *flags("sgd"), "--batch-size", 48, "--epochs", 1, "--lr", 3, "--out", tmp_path]
+    monkeypatch.setattr(probe, "schedule", lambda *a: math.nan)
+    assert "weights that are not finite: --lr 3.0 is too large" in refuse(capsys, *argv)
+    assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "result.json").exists()
 
 
 def test_an_unreadable_image_stops_the_probe(run_folder, tmp_path, capsys):
@@ -906,8 +961,28 @@ def test_out_of_another_probe_is_left_alone(run_folder, tmp_path, capsys):
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     main(*argv, "--knn-k", 3, "--overwrite")
     assert result(tmp_path)["knn"].keys() == {"3"}
-    (tmp_path / "args.json").write_text("[")
-    assert "cannot be used" in refuse(capsys, *argv)
+    for name, text in (("args.json", "["), ("result.json", "["), ("result.json", '{"results": {"a": {}}}'), ("log.jsonl", "x}"),
+                       ("log.jsonl", b"\xff\xfe{}\n")):
+        path, whole = tmp_path / name, (tmp_path / name).read_bytes()
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert "cannot be used" in refuse(capsys, *argv, "--knn-k", 3) and str(tmp_path) in refuse(capsys, *argv, "--knn-k", 3)
+        path.write_bytes(whole)
+    main(*argv, "--knn-k", 3)
+
+
+def test_a_folder_in_use_is_refused(run_folder, tmp_path, capsys):
+    """A lock is a process's, so the first is a process of its own."""
+    argv = [run_folder, *flags("knn"), "--out", tmp_path / "out"]
+    (tmp_path / "out").mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('locked', flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / "out" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "locked\n"
+        for more in ([], ["--overwrite"]):
+            assert "is in use by another process; wait for it" in refuse(capsys, *argv, *more)
+        assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
+        first.communicate("\n")
+    main(*argv)
 
 
 def test_lars_is_the_one_of_common():

@@ -356,7 +356,11 @@ def test_wrong_flags(folder, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     says = lambda *argv: refuse(capsys, folder, "--device", "cpu", *argv)
     assert "give a checkpoint" in refuse(capsys) and "give a checkpoint" in says("--theory")
-    assert "--views: 1 is less than 2" in says("--views", 1)
+    assert "--views: 1 is not in [2, " in says("--views", 1) and "is not in" in says("--views", 10**12)
+    assert "is not in" in says("--seed", "9" * 20) and "--workers: 1000000000000 is not in" in says("--workers", 10**12)
+    unused = ["--images", 5, "--data", "nowhere", "--device", "tpu", "--out", "f"]
+    assert ": --data --device --images --out: nothing in --theory" in refuse(capsys, "--theory", *unused)
+    assert ": --nproc: nothing in --theory" in refuse(capsys, "--theory", "--nproc", 2)
     assert "unknown; give all, or some of baseline,multicrop" in says("--designs", "multicorp")
     assert "unknown" in says("--designs", "mean-enc-0") and "same recipe" in says("--designs", "tgt-recipe")
     assert "add --bn-groups 8" in says("--designs", "sync-bn", "--bn-groups", 1)
@@ -390,6 +394,14 @@ def test_wrong_checkpoints(folder, capsys, tmp_path):
         "future": ({**state, "format": 99}, "has format 99"),
         "other network": ({**state, "args": {**state["args"], "hidden": 8}}, "are not those of its tiny"),
         "list": ([1, 2], "cannot be used"),
+        "no arguments": ({**state, "args": {}}, "cannot be used"), "a list of them": ({**state, "args": [1]}, "cannot be used"),
+        "mean": ({**state, "mean": [1.0]}, "cannot be used"), "std": ({**state, "std": None}, "cannot be used"),
+        "dim": ({**state, "args": {**state["args"], "dim": "x"}}, "are not those of its tiny"),
+        "crops": ({**state, "args": {**state["args"], "num_small": "x"}}, "are not those of its tiny"),
+        "workers": ({**state, "args": {**state["args"], "workers": -1}}, "cannot be used"),
+        "no recipe": ({**state, "args": {k: v for k, v in state["args"].items() if k != "recipe"}}, "cannot be used"),
+        "arch": ({**state, "args": {**state["args"], "arch": "resnet7"}}, "--arch resnet7 is unknown"),
+        "data": ({**state, "args": {**state["args"], "data": 7}}, "--data 7: no such folder"),
         "not finite": ({**state, "model": {k: v * math.nan if v.is_floating_point() else v for k, v in model.items()}},
                        "not finite"),
         "nameless data": ({"arch": "resnet18", "state_dict": {f"module.encoder_q.fc.{i}.weight": torch.zeros(2, 2) for i in (0, 2)}},
@@ -422,13 +434,22 @@ def test_without_matplotlib(folder, capsys, monkeypatch):
     assert "pip install matplotlib" in refuse(capsys, folder, "--device", "cpu", "--plot", "f.png")
 
 
-def test_output_that_cannot_be_written(folder, capsys, tmp_path):
+def test_output_that_cannot_be_written(folder, capsys, tmp_path, monkeypatch):
+    """It is refused before anything is read or measured, with and without a checkpoint."""
+    monkeypatch.setattr(variance_ref, "open_checkpoint", None)
+    monkeypatch.setattr(variance_ref, "theory", None)
+    (tmp_path / "file").touch()
     argv = folder, "--device", "cpu", "--views", 2, "--designs", "baseline"
-    assert "--out" in refuse(capsys, *argv, "--out", tmp_path / "no" / "v.json", code=1)
+    for path, words in (("no/v.json", "No such file"), ("file/v.json", "Not a directory"), ("", "is no file")):
+        message = refuse(capsys, *argv, "--out", tmp_path / path if path else "")
+        assert words in message and "--out" in message, message
+    assert "is no file" in refuse(capsys, *argv, "--out", tmp_path)
     pytest.importorskip("matplotlib")
-    argv = *argv, "--out", tmp_path / "v.json", "--plot"
-    assert "--plot" in refuse(capsys, *argv, tmp_path / "no" / "f.png", code=1)
-    assert "--plot" in refuse(capsys, *argv, tmp_path / "f.xyz", code=1)
+    for start in ((*argv, "--out", tmp_path / "v.json", "--plot"), ("--theory", "--plot")):
+        for path, words in (("no/f.png", "No such file"), ("f.xyz", "no such format; use one of"), ("", "is no file")):
+            message = refuse(capsys, *start, tmp_path / path if path else "")
+            assert words in message and "--plot" in message, message
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 # ---- Sec. 5 ----
