@@ -46,8 +46,8 @@ import torchvision
 from common import data
 from common.augment import rng
 from common.lars import LARS
-from mocov2_asym import (CORES, SIGNALS, all_sum, count, dashed, finite, gather, global_batches,
-                         join_processes, knn, lr_factor, mine, near, number, rank, reason, spawn, world_size)
+from mocov2_asym import (CORES, all_sum, count, dashed, finite, gather, global_batches, join_processes, knn,
+                         listen, lost, lr_factor, mine, near, number, rank, reason, spawn, world_size)
 
 SCRIPTS = sorted(path.stem for path in Path(__file__).resolve().parent.glob("*_asym.py"))
 
@@ -754,6 +754,8 @@ class Run:
                 sentence(*pair)
             all_sum(torch.zeros(1))  # all have looked
         except Exception as e:  # a foreign file raises nearly anything
+            if lost(e):
+                raise
             stop(f"--out {self.out} cannot be used ({reason(e)}); use another, or --overwrite")
         differ = ", ".join(f"{k} {a} there, {b} here" for k, a, b in pairs if a != b)
         check(not differ, f"--out {self.out} holds another probe ({differ}); use another, or --overwrite")
@@ -963,7 +965,7 @@ def heed(args):
 
 def guarded(args):
     """work(), and one line instead of a traceback where it ends by no fault of the program."""
-    before = {s: signal.signal(s, lambda number, frame: setattr(args, "signal", number)) for s in SIGNALS}
+    before = listen(lambda number, frame: setattr(args, "signal", number))
     try:
         work(args)
     except data.DataError as e:  # a loader worker's comes with its traceback
@@ -971,7 +973,7 @@ def guarded(args):
         stop(str(e).splitlines()[-1].split("DataError: ")[-1])
     except RuntimeError as e:
         why = [line.split("RuntimeError: ")[-1] for line in str(e).splitlines() if "allocate" in line]
-        if not why and not any(word in str(e) for word in ("gloo", "NCCL", "DataLoader worker")):
+        if not why and not lost(e):
             raise
         e.__traceback__ = None
         stop(f"out of memory ({why[0]}); use a smaller --batch-size or --img-size" if why else

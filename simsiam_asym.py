@@ -470,7 +470,7 @@ def make_parser():
     flag("--wd", type=number(float, 0), help="weight decay")
     flag("--warmup-epochs", type=number(float, 0), help="linear warm-up of the learning rate")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
-    flag("--workers", type=number(int, 0), help="loader processes of each process; default: up to 8")
+    flag("--workers", type=number(int, 0, 1000), help="loader processes of each process; default: up to 8")
     flag("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     flag("--bn-groups", type=count, metavar="G", help="virtual devices of BatchNorm; 1 is SyncBN")
