@@ -982,15 +982,15 @@ def rank():
 
 
 def listen(handler):
-    """Sets the handler of SIGNALS, but of those that nohup or a shell had ignored; returns those before."""
+    """Sets the handler of SIGNALS, but for SIGHUP under nohup; returns those before."""
     def answer(number, frame):
         if os.getpid() == ours:
             handler(number, frame)
         elif number == signal.SIGTERM:  # in a loader worker, before begin_worker()
             signal.alarm(30)
 
-    ours = os.getpid()
-    return {s: signal.signal(s, answer) for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
+    ours, nohup = os.getpid(), signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return {s: signal.signal(s, answer) for s in SIGNALS if s != signal.SIGHUP or not nohup}
 
 
 def spawn(argv, nproc, child):
