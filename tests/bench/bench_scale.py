@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 from bench import ROOT, machine, measure, table
@@ -76,15 +77,6 @@ def processes(args):
     table(rows)
 
 
-PEAK = """if True:
-    import resource, sys
-    from common import data
-    memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # MB
-    before = memory()
-    data.scan(sys.argv[1])
-    print(memory() - before)"""
-
-
 def paths(args):
     """A class tree of empty files: what a run does with it before its first step."""
     works = [10**i for i in range(1, 7) if 10**i <= args.most]
@@ -104,8 +96,11 @@ def paths(args):
             next(iter(script.global_batches(n, min(n, 256), 0, 0, 1)))
             ordered = time.perf_counter() - begun
             kept = images.paths.nbytes + (images.labels.nbytes if images.labels is not None else 0)
-            peak = subprocess.run([sys.executable, "-c", PEAK, folder], cwd=ROOT, check=True, capture_output=True, text=True)
-            rows.append([n, f"{scanned:.4f}", f"{ordered:.4f}", f"{kept / 1e6:.3f}", f"{float(peak.stdout):.0f}"])
+            tracemalloc.start()  # makes it slower, so once more
+            data.scan(folder)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            rows.append([n, f"{scanned:.4f}", f"{ordered:.4f}", f"{kept / 1e6:.3f}", f"{peak / 1e6:.3f}"])
     table(rows)
 
 
