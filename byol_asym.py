@@ -230,7 +230,7 @@ class BatchNorm(nn.BatchNorm2d):
         y = F.batch_norm(groups_as_channels, *stats, weight, bias, True, self.momentum, self.eps)
         if self.track:
             self.remember(*(stat.view(g, c).mean(0) for stat in stats))
-        return torch.ops.aten._unsafe_view(y, x.shape)  # of view_as() the ReLU in place would make a copy
+        return torch.ops.aten._unsafe_view(y, x.shape)  # a view would cost the next in-place ReLU a copy
 
     def synchronised(self, x):
         axes, shape = [0, *range(2, x.ndim)], (1, -1) + (1,) * (x.ndim - 2)
@@ -578,16 +578,20 @@ def dashed(names):
 def stop(message, code=2):
     """Ends this process; the first of each node says why."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{METHOD}: {message}", file=sys.stderr, flush=True)
+        speak("stderr", f"{METHOD}: {message}")
     raise SystemExit(code)
 
 
 def say(message, end="\n"):
     if rank() == 0:
-        try:
-            print(message, end=end, flush=True)
-        except OSError:  # nobody reads, or the disk is full: log.jsonl has the numbers
-            sys.stdout = open(os.devnull, "w")
+        speak("stdout", message, end)
+
+
+def speak(stream, message, end="\n"):
+    try:
+        print(message, end=end, file=getattr(sys, stream), flush=True)
+    except OSError:  # nobody reads, or the disk is full: log.jsonl has the numbers
+        setattr(sys, stream, open(os.devnull, "w"))
 
 
 # ============================================================================== shared: training
@@ -669,7 +673,7 @@ def train(args, run, model, optimizer, scaler, images, bank, queries, device):
 def report(args, unreadable):
     for path in unreadable:
         then = "stopped (--strict-images)" if args.strict_images else "replaced by the next"
-        print(f"{METHOD}: unreadable image, {then}: {path}", file=sys.stderr, flush=True)
+        speak("stderr", f"{METHOD}: unreadable image, {then}: {path}")
     if unreadable and args.strict_images:
         raise SystemExit(2)
 
@@ -705,13 +709,16 @@ def features(args, run, backbone, images, device):
     """Features (len(images), c) of unit length and labels, the images shared out among the processes."""
     rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
     mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in images.stats)
-    encoded, labels = [], []
-    for x, really, unreadable in data.centres(images, rows[mine()], args.img_size, args.workers, device):
-        run.bad += len(unreadable)
-        report(args, unreadable)
+    ours, encoded, read = rows[mine()], [], []
+    for x, really in data.centres(images, ours, args.img_size, args.workers, device):
         encoded.append(F.normalize(backbone((x - mean) / std)))
-        labels.append(images.labels[really])
-    return tuple(gather(torch.cat(x).to(device))[: len(images)] for x in (encoded, labels))
+        read.append(really)
+    encoded, read = torch.cat(encoded), torch.cat(read)
+    filled = torch.arange(len(rows))[mine()] >= len(images)  # another process reports these
+    wrong = ours[(ours != read) & ~filled]
+    run.bad += len(wrong)
+    report(args, [os.fsdecode(images.paths[row]) for row in wrong.tolist()])
+    return tuple(gather(x.to(device))[: len(images)] for x in (encoded, images.labels[read]))
 
 
 def knn(bank, queries, k=200, temperature=0.1):
@@ -780,7 +787,7 @@ class Run:
             old = state or (json.loads(ours.read_text()) if ours.exists() else self.about)
             found = state.get("format") if state else FORMAT
             check(found == FORMAT, f"{last} has format {found}, not {FORMAT}; use the version that wrote it")
-            pairs = [(k, old[k], self.about[k]) for k in ("method", "images", "names", "mean", "std")]
+            pairs = [(k, old[k], self.about[k]) for k in ("method", "images", "file_names", "mean", "std")]
             for k in sorted(self.about["args"].keys() - MAY_DIFFER):
                 pairs.append((dashed([k]), old["args"].get(k), self.about["args"][k]))
             lines = log.read_text().splitlines() if state and log.exists() else []
@@ -1020,7 +1027,7 @@ def work(args):
         return
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     run = Run(args, {"method": METHOD, "args": flags, "mean": images.stats[0], "std": images.stats[1],
-                     "images": n, "names": images.names, "chance": Method.chance(args),
+                     "images": n, "file_names": images.names, "chance": Method.chance(args),
                      "versions": versions}, len(bad))
     run.open(args, model, optimizer, scaler)
     if run.step:

@@ -47,7 +47,7 @@ from common import data
 from common.augment import rng
 from common.lars import LARS
 from mocov2_asym import (CORES, all_sum, count, dashed, finite, gather, global_batches, join_processes, knn,
-                         listen, lost, lr_factor, mine, near, number, rank, reason, spawn, world_size)
+                         listen, lost, lr_factor, mine, near, number, rank, reason, spawn, speak, world_size)
 
 SCRIPTS = sorted(path.stem for path in Path(__file__).resolve().parent.glob("*_asym.py"))
 
@@ -522,6 +522,8 @@ def load_backbone(args):
     try:
         return open_backbone(args)
     except Exception as e:  # a foreign or edited file raises nearly anything
+        if "allocate" in str(e):  # the memory is too small, not the file
+            raise
         stop(f"{args.checkpoint} cannot be used ({reason(e)}): what it holds, or the args.json beside it, is "
              "cut short or of no run; use another, or the backbone.pth alone, in another folder")
 
@@ -706,13 +708,13 @@ def check(good, message):
 def stop(message, code=2):
     """Ends this process; the first of each node says why."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"linear_probe: {message}", file=sys.stderr, flush=True)
+        speak("stderr", f"linear_probe: {message}")
     raise SystemExit(code)
 
 
 def say(message):
     if rank() == 0:
-        print(message, flush=True)
+        speak("stdout", message)
 
 
 def brief(value):

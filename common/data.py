@@ -9,6 +9,8 @@ import hashlib
 import math
 import os
 import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -270,7 +272,7 @@ class Crops(torch.utils.data.Dataset):
 
 class Centres(torch.utils.data.Dataset):
     """Row -> what an evaluation looks at, uint8 (3, size, size): the central square of the shorter side where
-    size is up to 64, of 7/8 of it above (resize to 256, crop 224); the row; and the row that it really is."""
+    size is up to 64, of 7/8 of it above (resize to 256, crop 224); and the row that it really is."""
 
     def __init__(self, images, size):
         self.images, self.size = images, size
@@ -283,7 +285,7 @@ class Centres(torch.utils.data.Dataset):
         h, w = image.shape[1:]
         side = min(h, w) if self.size <= 64 else round(min(h, w) * 224 / 256)
         top, left = (h - side) // 2, (w - side) // 2
-        return resize(image[:, top : top + side, left : left + side], self.size), row, really
+        return resize(image[:, top : top + side, left : left + side], self.size), really
 
 
 def resize(image, size, bicubic=False):
@@ -311,18 +313,36 @@ def stream(images, crops, steps, seed, rank, world, workers, device):
 
 def centres(images, rows, size, workers, device, batch=256):
     """Yields images for evaluation, in the order of rows (n,): float (n, 3, size, size) in [0, 1] on the
-    device, the rows they really are, and paths that could not be read and were replaced by the next."""
+    device, and the rows that they really are, as one that cannot be read is replaced by the next."""
     workers, dataset = workers if images.pixels is None else 0, Centres(images, size)
-    for x, asked, really in loader(dataset, workers, device, sampler=rows.tolist(), batch_size=batch):
-        unreadable = [os.fsdecode(images.paths[row]) for row in asked[asked != really].tolist()]
-        yield x.to(device, non_blocking=True).float() / 255, really, unreadable
+    for x, really in loader(dataset, workers, device, sampler=rows.tolist(), batch_size=batch):
+        yield x.to(device, non_blocking=True).float() / 255, really
 
 
 def loader(dataset, workers, device, **batches):
     batches |= {"num_workers": workers, "pin_memory": torch.device(device).type == "cuda"}
     own = torch.Generator()  # else it would draw from the global one
     begin = partial(begin_worker, parent=os.getpid())
+    if workers and os.path.isdir("/proc/self/task"):  # Linux
+        batches["multiprocessing_context"] = "fork"  # Python 3.14's default would import torch in each
+        wait_for_threads()
     return torch.utils.data.DataLoader(dataset, worker_init_fn=begin, generator=own, **batches)
+
+
+def wait_for_threads(seconds=1.0):
+    """Until the other threads of this process rest. If one of them, as gloo's after an exchange, holds a lock
+    of the interpreter while a worker is forked, the worker hangs (CPython issue 112275, mended in 3.12)."""
+    def busy(thread):
+        try:
+            with open(f"/proc/self/task/{thread}/stat") as f:
+                return f.read().rsplit(")", 1)[1].split()[0] == "R"
+        except OSError:  # it ended just now
+            return False
+
+    end, ours = time.monotonic() + seconds, str(threading.get_native_id())
+    time.sleep(0.001)  # one that waits for this thread goes on
+    while time.monotonic() < end and any(busy(t) for t in os.listdir("/proc/self/task") if t != ours):
+        time.sleep(0.001)
 
 
 def begin_worker(worker, parent):

@@ -58,7 +58,7 @@ def views_of(script, args, step=0, images=None):
     """The views of a step, as the training loop makes them, and the generator left for the forward pass."""
     plan, images, n = script.plan_views(args), images or small_images(), args.batch_size
     steps = [(step, torch.arange(step * n, (step + 1) * n) % len(images))]
-    crops, _ = next(data.stream(images, script.planned_crops(plan), steps, args.seed, 0, 1, 0, "cpu"))
+    crops, _ = next(data.stream(images, script.planned_crops(plan), steps, args.seed, 0, 1, 0, torch.device("cpu")))
     generator = rng(args.seed, "views", step)
     return *script.make_views(plan, crops, n, generator, images.stats), generator
 

@@ -1,6 +1,7 @@
 """What disturbs a run, in short; drill.py has long forms. Runs in forks are real processes with real signals; the others
 are in this process. After each fault the same command continues, bit for bit like an undisturbed run."""
 
+import fcntl
 import gc
 import importlib
 import json
@@ -10,6 +11,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -121,6 +124,44 @@ def test_nohup_is_respected(script, monkeypatch):
     finally:
         for s, handler in zip(script.SIGNALS, before, strict=True):
             signal.signal(s, handler)
+
+
+def test_a_worker_is_not_forked_while_a_thread_works():
+    """What such a thread may hold, a forked worker would wait for."""
+    data, x = importlib.import_module("common.data"), torch.randn(1200, 1200)
+    began, seconds = threading.Event(), []
+
+    def work():
+        began.set()
+        start = time.monotonic()
+        while time.monotonic() < start + 0.3:
+            x @ x  # without the interpreter's lock
+        seconds.append(time.monotonic() - start)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    began.wait()
+    data.wait_for_threads(30)
+    assert seconds, "it did not wait"
+    thread.join()
+    start = time.monotonic()
+    data.wait_for_threads(30)
+    assert time.monotonic() < start + 5
+
+
+def test_a_terminal_that_closes_saves(place):
+    """As when a connection is lost: SIGHUP, and no place to write to. In a pseudo-terminal of its own."""
+    out, (master, slave) = place.new(), os.openpty()
+    words = [sys.executable, str(drill.ROOT / "mocov2_asym.py"), *place.line(out, "--epochs 40 --workers 0").split()]
+    process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(slave)
+    reader = threading.Thread(target=lambda: [None for _ in iter(lambda: last_step(out) < 3 and os.read(master, 1000), False)])
+    reader.start()
+    reader.join(120)
+    os.close(master)
+    assert process.wait(120) == 128 + signal.SIGHUP
+    assert 3 <= saved(out)["step"] == last_step(out) < 40 * EPOCH
 
 
 def test_a_loader_worker_that_is_ended_before_it_began_ends(script):
@@ -340,7 +381,7 @@ def test_a_folder_that_changes_during_the_run(script, tmp_path, capsys, monkeypa
         code, said = run(script, f"{line} --steps 6", capsys)
     assert code == 0 and str(gone) in said and log_lines(tmp_path / "run")[-1]["bad_images"] == said.count(str(gone)) >= 1
     code, said = run(script, line, capsys)  # which now sees one image less
-    assert code == 2 and "images 32 there, 31 here" in said and ", names " in said
+    assert code == 2 and "images 32 there, 31 here" in said and ", file_names " in said
     with monkeypatch.context() as patch:
         at_step(patch, script, 1, lambda: images.rename(tmp_path / "elsewhere"))
         code, said = run(script, f"{line} --overwrite --workers 1", capsys)
@@ -352,11 +393,11 @@ def test_images_that_changed_their_class_are_other_data(script, tmp_path, capsys
     images = class_tree(tmp_path / "images", 32, (20, 24))
     line = f"--data {images} {drill.GROUPED} {SCRIPTS[script.METHOD]} --out {tmp_path}/run"
     assert run(script, f"{line} --steps 2", capsys)[0] == 0
-    images = images.rename(tmp_path / "elsewhere")
-    line = line.replace(str(tmp_path / "images"), str(images))
     (images / "class0" / "003.png").rename(images / "class2" / "003.png")
     code, said = run(script, line, capsys)
-    assert code == 2 and "names " in said and "images 3" not in said
+    assert code == 2 and "file_names " in said and "images 3" not in said
+    (images / "class2" / "003.png").rename(images / "class0" / "003.png")
+    assert run(script, line, capsys)[0] == 0
 
 
 # ---- checkpoints ----

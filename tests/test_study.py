@@ -56,6 +56,8 @@ def test_rows():
     cells = study.chosen(study.SEC4, ["MeanEnc", "Weaker"], argparse.ArgumentParser())
     assert {c.flags for c in cells} == {"", "--aug-src weak", "--aug-tgt weak", "--aug-src weak --aug-tgt weak", "--mean-enc 2", "--mean-enc 3",
                                         "--mean-enc-src 3", "--mean-enc-src 2 --mean-enc 2"}
+    byol = study.chosen(study.TABLE2, ["BYOL"], argparse.ArgumentParser())
+    assert len(byol) == 5 and {c.script for c in byol} == {"byol_asym"}
     assert study.chosen(study.SEC4, None, argparse.ArgumentParser()) == study.SEC4
 
 

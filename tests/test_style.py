@@ -50,7 +50,7 @@ def test_method_before_plumbing_and_budgets(path):
     assert plumbing <= BUDGET["plumbing"] and total - plumbing <= BUDGET["method"], (plumbing, total - plumbing)
 
 
-BUDGET = {"method": 240, "plumbing": 880, "common": 640}  # lines
+BUDGET = {"method": 240, "plumbing": 890, "common": 665}  # lines
 
 
 def test_common_budget():

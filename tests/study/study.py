@@ -207,12 +207,17 @@ def study(cells, args):
         left = list(pool.map(work, missing)).count(False)
     if left:
         print(f"time is up: {left} runs are left; the same command continues")
-    there = read(path)
+    there, found = read(path), {}
     for c, s in wanted(cells, args.seeds, args.base_seeds):
-        line = there.get(key(c, s), {"v_base": None})
-        if "v_base" not in line and (folder(c.script, c.base, s, args) / "last.pt").exists():
-            line["v_base"] = variances_on_baseline(c, s, args)
-    path.write_text("".join(json.dumps(r) + "\n" for r in there.values()))
+        new = key(c, s) in there and "v_base" not in there[key(c, s)]
+        if new and (folder(c.script, c.base, s, args) / "last.pt").exists():
+            found[key(c, s)] = variances_on_baseline(c, s, args)
+    there = read(path)  # as it is now
+    for k, v in found.items():
+        there[k]["v_base"] = v
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(json.dumps(r) + "\n" for r in there.values()))
+    aside.replace(path)
 
 
 def results_file(args):
@@ -399,11 +404,13 @@ def draw(name, cells, found, runs, args):
 
 
 def chosen(cells, rows, parser):
-    """The cells of the rows whose names begin with one of rows, and the baselines; all without rows."""
+    """The cells of the rows whose names begin with one of rows, and their baselines; all without rows."""
     for name in rows or []:
         if not any(c.row.startswith(name) for c in cells):
             parser.error(f"--rows {name}: no row begins so; there are {', '.join(dict.fromkeys(c.row for c in cells))}")
-    return [c for c in cells if rows is None or c.is_base or c.row.startswith(tuple(rows))]
+    kept = [c for c in cells if rows is None or c.row.startswith(tuple(rows))]
+    bases = {(c.script, c.base) for c in kept}
+    return [c for c in cells if c in kept or (c.script, c.flags) in bases]
 
 
 def positive(text):
