@@ -491,8 +491,8 @@ def test_simclrs_images_stay_in_0_1_everywhere(tmp_path, monkeypatch):
     forward = simclr_asym.Encoder.forward
     monkeypatch.setattr(simclr_asym.Encoder, "forward", lambda self, x: (ranges.append(x.aminmax()), forward(self, x))[1])
     features = simclr_asym.features
-    monkeypatch.setattr(simclr_asym, "features", lambda args, net, images, device: (
-        ranges.append(images.stats), features(args, net, images, device))[1])
+    monkeypatch.setattr(simclr_asym, "features", lambda args, run, net, images, device: (
+        ranges.append(images.stats), features(args, run, net, images, device))[1])
     argv = (f"--data {class_tree(tmp_path / 'images')} --recipe small --arch tiny --img-size 16 --batch-size 16 --hidden 8 "
             f"--dim 16 --epochs 1 --warmup-epochs 0 --out {tmp_path / 'out'}")
     simclr_asym.main(argv.split())

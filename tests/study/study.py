@@ -298,7 +298,7 @@ def report(name, cells, args):
         own, base = (mean_ratio(mine, which) for which in ENCODERS)
         signs = ", ".join("agrees" if d[c].mean * expected(c) > 0 else "**differs**" for d in (linear, knn) if c in d)
         print(f"| {c.row} | {c.place} | {shown(c.paper)} | {'' if c.is_base else shown(c.paper_delta, '+')} | {mean['linear']:.1f} | "
-              f"{linear.get(c, '')} | {mean['knn']:.1f} | {knn.get(c, '')} | {own:.2f}, {base:.2f} | {len(mine)} | {signs} |")
+              f"{linear.get(c, '')} | {mean['knn']:.1f} | {knn.get(c, '')} | {own:.2f}, {'?' if math.isnan(base) else f'{base:.2f}'} | {len(mine)} | {signs} |")
     print()
     for measure, found in (("linear probe", linear), ("kNN", knn)):
         right, n = sum(d.mean * expected(c) > 0 for c, d in found.items()), len(found)
@@ -409,8 +409,9 @@ def chosen(cells, rows, parser):
         if not any(c.row.startswith(name) for c in cells):
             parser.error(f"--rows {name}: no row begins so; there are {', '.join(dict.fromkeys(c.row for c in cells))}")
     kept = [c for c in cells if rows is None or c.row.startswith(tuple(rows))]
-    bases = {(c.script, c.base) for c in kept}
-    return [c for c in cells if c in kept or (c.script, c.flags) in bases]
+    missing = {(c.script, c.base) for c in kept} - {(c.script, c.flags) for c in kept}
+    bases = {(c.script, c.flags): c for c in reversed(cells) if (c.script, c.flags) in missing}
+    return [c for c in cells if c in kept or c in bases.values()]
 
 
 def positive(text):
