@@ -558,7 +558,7 @@ def leaks(place, tries):
             time.sleep(0.5)
         assert command.wait() == 0 and last_step(out) == 2000, command.said()[-3000:]
         early, late = ([v for step, v in seen.items() if a <= step < b] for a, b in ((300, 800), (1500, 2000)))
-        (m0, f0, p0), (m1, f1, p1) = (map(max, zip(*part, strict=True)) for part in (early, late))
+        (m0, f0, p0), (m1, f1, p1) = ([max(m), min(f), min(p)] for m, f, p in (zip(*part, strict=True) for part in (early, late)))
         said.append(f"steps 300-800 to 1500-2000: {m0:.0f} to {m1:.0f} MB, {f0} to {f1} descriptors, {p0} to {p1} processes")
         assert m1 < m0 + 10 and f1 <= f0 and p1 <= p0, said
     return "; ".join(said)
