@@ -973,7 +973,7 @@ def guarded(args):
     except data.DataError as e:  # a loader worker's comes with its traceback
         e.__traceback__ = None  # whose frames hold the workers: the exit would wait for them
         stop(str(e).splitlines()[-1].split("DataError: ")[-1])
-    except RuntimeError as e:
+    except (RuntimeError, ConnectionError) as e:
         why = [line.split("RuntimeError: ")[-1] for line in str(e).splitlines() if "allocate" in line]
         if not why and not lost(e):
             raise

@@ -872,9 +872,9 @@ def finite(model, optimizer):
 
 
 def lost(e):
-    """Whether an exception says that another process is gone."""
+    """Whether an exception says that another process is gone; ConnectionError: a loader's, with a batch."""
     words = ("gloo", "NCCL", "DataLoader worker (")
-    return isinstance(e, RuntimeError) and any(word in str(e) for word in words)
+    return isinstance(e, ConnectionError) or isinstance(e, RuntimeError) and any(w in str(e) for w in words)
 
 
 def reason(e):
@@ -967,7 +967,7 @@ def guard(args):
         stop(str(e).splitlines()[-1].split("DataError: ")[-1])
     except KeyboardInterrupt:  # before train() listens to signals
         raise SystemExit(128 + signal.SIGINT) from None
-    except RuntimeError as e:
+    except (RuntimeError, ConnectionError) as e:
         why = [line.split("RuntimeError: ")[-1] for line in str(e).splitlines() if "allocate" in line]
         if not why and not lost(e):
             raise

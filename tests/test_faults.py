@@ -257,6 +257,16 @@ def test_overwrite_does_not_act_again_when_torchrun_restarts(place, script, whol
 # ---- disks ----
 
 
+def test_a_loader_worker_that_dies_with_a_batch_is_a_line(place, script, capsys, monkeypatch):
+    """Its socket is gone; which of torch's errors comes depends on the moment, and drill.py waits for them."""
+    def gone(*args):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(script.data, "stream", gone)
+    code, said = run(script, place.line(place.new(), TWO, script.METHOD), capsys)
+    assert code == 1 and said.count("\n") == 1 and "lost another process (ConnectionResetError" in said
+
+
 @pytest.mark.parametrize("how", ["fork", "pair"])
 def test_no_room_for_a_checkpoint(place, how):
     """A limit to the size of files stands for a full disk; drill.py fills one."""
