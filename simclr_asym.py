@@ -996,6 +996,7 @@ def guard(args):
         why = [line.split("RuntimeError: ")[-1] for line in str(e).splitlines() if "allocate" in line]
         if not why and not lost(e):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of dead workers again
         e.__traceback__ = None
         stop(f"out of memory ({why[0]}); use a smaller --batch-size or --img-size" if why else
              f"lost another process ({reason(e)}); the same command continues from last.pt", 1)
