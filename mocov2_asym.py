@@ -814,6 +814,8 @@ class Run:
                     os.fsync(f.fileno())
                 os.replace(part, path)
             except (OSError, RuntimeError) as e:
+                if lost(e):  # torch says so wherever this process happens to be
+                    raise
                 error = reason(e)
         if all_sum(torch.tensor(len(error))):
             stop(f"cannot write {path} ({error}); make room, or use another --out. last.pt is intact", 1)

@@ -537,7 +537,7 @@ def loader(place, tries, flags="--epochs 5"):
         os.kill(max(command.everyone()), signal.SIGKILL)
         code = command.wait()
         assert code in (0, 1) and "Traceback" not in command.said(), command.said()  # 0: all was loaded already
-        assert code == 0 or "lost another process" in command.said()
+        assert code == 0 or "lost another process" in command.said(), command.said()
         sound(out)
         complete(place.line(out, flags))
         same(out, place.whole(flags))
