@@ -800,6 +800,8 @@ class Run:
                 how(part := self.out / (name + aside))
                 os.replace(part, path)
         except (OSError, RuntimeError) as e:
+            if lost(e):
+                raise
             error = reason(e)
         if all_sum(torch.tensor(len(error))):
             stop(f"cannot write {path} ({error}); make room, or use another --out", 1)
