@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pool as helper
 import pytest
@@ -17,6 +18,7 @@ import torch.multiprocessing as mp
 from pool import ROOT, SCRIPTS, Pool, class_tree, close, free_port, in_group, log_lines, part, saved, tensors
 from torch import nn
 
+from common import data
 from common.augment import rng
 
 # float32 sums in another order differ in the last of 24 bits (6e-8), and training multiplies differences.
@@ -110,6 +112,27 @@ def same_state(a, b, exact=False):
 
 
 # ---- the number of processes ----
+
+
+def features_of_a_folder(folder):
+    """kNN's features of raw pixels, their labels, and how many images this process found unreadable."""
+    script, run = importlib.import_module("mocov2_asym"), SimpleNamespace(bad=0)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    z, labels = script.features(helper.small_args(script), run, net, data.scan(folder), "cpu")
+    return z, labels, run.bad
+
+
+def test_an_unreadable_image_of_knn_is_counted_once_and_replaced_alike(pool, tmp_path):
+    """33 images do not divide by 2: the last round is filled up with the first, which cannot be read."""
+    images = class_tree(tmp_path, 33, (20, 24, 31))
+    (images / "class0" / "000.png").write_bytes(b"")
+    (one,) = pool.run(1, features_of_a_folder, str(images))
+    two = pool.run(2, in_group, features_of_a_folder, str(images))
+    assert one[2] == 1 and sum(bad for *_, bad in two) == 1
+    for z, labels, _ in two:
+        assert torch.equal(labels, one[1]) and len(z) == 33
+        close(z, one[0])
+
 
 
 def agree(pool, worlds, method, tree, tmp_path, flags):
