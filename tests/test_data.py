@@ -1,5 +1,6 @@
 """common/data.py: folders, kinds of image files, crops that do not depend on who makes them, named sets."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision import datasets as sets
 from torchvision.transforms import InterpolationMode
 
@@ -134,13 +135,20 @@ def test_broken_files_are_replaced_by_the_next_and_named(tmp_path, monkeypatch):
     assert a.shape == (10, 3, 32, 32) and (a - b).abs().max() <= 1 / 255 + 1e-6
 
 
-def test_no_format_that_starts_programs(tmp_path):
-    """PIL would hand a PostScript file, whatever its name, to Ghostscript."""
-    write(tmp_path, "0.jpg", "2.jpg")
-    Image.new("RGB", (40, 40)).save(tmp_path / "1.jpg", "EPS")
-    with Image.open(tmp_path / "1.jpg") as image:
-        assert image.format == "EPS"
-    assert load(str(tmp_path))[0].bad == (str(tmp_path / "1.jpg"),)
+def test_no_format_that_starts_programs(tmp_path, monkeypatch):
+    """PIL would hand a PostScript file, whatever its name, to Ghostscript; here to a program that leaves a trace."""
+    write(tmp_path / "images", "0.jpg", "2.jpg")
+    eps, program, trace = tmp_path / "images" / "1.jpg", tmp_path / "gs", tmp_path / "trace"
+    Image.new("RGB", (40, 40)).save(eps, "EPS")
+    program.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what PIL remembers of an earlier search
+    with Image.open(eps) as image, contextlib.suppress(OSError):
+        image.load()
+    assert trace.exists()
+    trace.unlink()
+    assert load(str(tmp_path / "images"))[0].bad == (str(eps),) and not trace.exists()
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
