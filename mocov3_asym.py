@@ -319,7 +319,8 @@ class BatchNorm(nn.BatchNorm2d):
         y = F.batch_norm(groups_as_channels, *stats, weight, bias, True, self.momentum, self.eps)
         if self.track:
             self.remember(*(stat.view(g, c).mean(0) for stat in stats))
-        return torch.ops.aten._unsafe_view(y, x.shape)  # a view would cost the next in-place ReLU a copy
+        # no view, of which the ReLU in place that follows would make a copy; BN's gradient does not need y
+        return torch.ops.aten._unsafe_view(y, x.shape)
 
     def synchronised(self, x):
         axes, shape = [0, *range(2, x.ndim)], (1, -1) + (1,) * (x.ndim - 2)
