@@ -142,6 +142,7 @@ def test_one_run(tmp_path, monkeypatch):
     log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     assert line["steps"] == 8 and line["knn"] == 100 * log[-1]["knn"] and line["v_src"] == log[-1]["v_src"] > 0
     assert 0 <= line["linear"] <= 100 and log[0]["args"]["small_size"] == 8 and log[0]["args"]["seed"] == 1
+    assert line["commit"] is None or re.fullmatch("[0-9a-f]{7,}(-dirty)?", line["commit"])
     monkeypatch.setitem(study.RECIPES, "micro", "--recipe demo --img-size 7")
     with pytest.raises(SystemExit, match="this command failed, exit code 2(.|\n)*views of 7 px are too small"):
         study.run(cell, 2, args)

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -164,7 +165,19 @@ def run(cell, seed, args):
     last = {k: log[-1][k] for k in ("loss", "std_src", "std_tgt", "v_src", "v_tgt")}
     return {"script": cell.script, "flags": cell.flags, "seed": seed, "linear": 100 * result["value"],
             "knn": 100 * log[-1]["knn"], **last, "steps": log[-1]["step"], "seconds": round(time.time() - begun),
-            "command": f"python {line}", "probe": "python linear_probe.py RUN --max-iter 30", "versions": log[0]["versions"]}
+            "command": f"python {line}", "probe": "python linear_probe.py RUN --max-iter 30", "commit": commit(), "versions": log[0]["versions"]}
+
+
+def commit():
+    """Of the scripts; "-dirty" after it where they were changed since; None in a copy without git."""
+    if not shutil.which("git"):
+        return None
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "*_asym.py", "linear_probe.py", "common")
+    return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed) or None
 
 
 def variances_on_baseline(cell, seed, args):
