@@ -141,7 +141,8 @@ class BarlowTwins(nn.Module):
 
         src, tgt: lists of bags. A bag is a list of views (n, 3, s, s) whose encodings are averaged: first the
         large views (one, or MeanEnc's), then each small crop by itself. generator: draws the shuffle, if any.
-        Returns the loss, a mean over the n images, and the spread of source and target encodings."""
+        Returns the loss of the global batch, the same on every process, and the spread of source and target
+        encodings."""
         update_target(self.target, self.source, m)
         z = [encode(self.source, bag, track=i == 0) for i, bag in enumerate(src)]  # each (n, d)
         with torch.set_grad_enabled(self.symmetrize):

@@ -472,12 +472,12 @@ FORMATS = (  # whose; what the names of source and target begin with, after "mod
 )
 STEMS = ("conv1.weight", "conv_proj.weight", "patch_embed.proj.weight")  # a backbone has one
 HEADS = ("fc.", "head.", "heads.", "projection_head.", "prototypes.")
-TIMM = (  # timm's names of a ViT's tensors (MoCo v3, DINO) -> torchvision's
+VIT_NAMES = (  # timm's names of a ViT's tensors (MoCo v3, DINO), and torchvision's old ones -> its new ones
     (r"^cls_token$", "class_token"), (r"^pos_embed$", "encoder.pos_embedding"), (r"^norm\.", "encoder.ln."),
     (r"^patch_embed\.proj", "conv_proj"), (r"^blocks\.(\d+)\.", r"encoder.layers.encoder_layer_\1."),
     (r"\.norm([12])\.", r".ln_\1."), (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
-    (r"\.attn\.proj\.", ".self_attention.out_proj."), (r"\.mlp\.fc1\.", ".mlp.0."),
-    (r"\.mlp\.fc2\.", ".mlp.3."))
+    (r"\.attn\.proj\.", ".self_attention.out_proj."), (r"\.mlp\.(fc|linear_)1\.", ".mlp.0."),
+    (r"\.mlp\.(fc|linear_)2\.", ".mlp.3."))
 
 
 def read(path):
@@ -512,7 +512,7 @@ def backbone_of(found, encoder, path):
           f"({title}) has none; give a run's folder or its backbone_target.pth, or leave it out")
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
-    for pattern, name in TIMM if "patch_embed.proj.weight" in state else ():
+    for pattern, name in VIT_NAMES if "conv1.weight" not in state else ():
         state = {re.sub(pattern, name, k): v for k, v in state.items()}
     return state, title
 
@@ -563,8 +563,17 @@ def open_backbone(args):
     arch, there, of, wrong = nearest(script, choice, state)
     source = "its run's architecture" if about else "the nearest architecture"
     check(not wrong, f"{path} ({title}) does not fit {arch}, {source}: {wrong}")
+    check(about or stem != 3 or "solo-learn" not in title, f"{path}: solo-learn pads a 3 x 3 first "
+          "convolution by 2 pixels, others by 1, and the file does not tell; if it is 1, take \"backbone.\" "
+          "off its names")
     torch.manual_seed(args.seed)
     net, width = build(script, choice[arch])
+    positions = "encoder.pos_embedding"
+    if vit and not about and not torch.allclose(state[positions], net.state_dict()[positions], atol=1e-3):
+        check(args.img_size in (None, size), f"--img-size {args.img_size}: the positions of {path} are "
+              f"learned, for {size} px; leave it out")
+        for block in net.encoder.layers:  # of DINO and torchvision: 64 channels a head; MoCo v3's S has 32
+            block.self_attention.num_heads, block.self_attention.head_dim = width // 64, 64
     if not args.untrained:
         net.load_state_dict(state, strict=False)  # names and shapes were compared
     tensors = net.state_dict().values()
@@ -577,6 +586,7 @@ def open_backbone(args):
     return net.to(args.place), {
         "format": title, "arch": arch, "loaded": 0 if args.untrained else there, "of": of,
         "layer": "class token" if vit else "pooled", "dim": width, "size": net.size,
+        "heads": net.backbone.encoder.layers[0].self_attention.num_heads if vit else None,
         "interpolation": "bicubic" if bicubic else "bilinear", "mean": mean, "std": std,
         "weights": hashlib.sha256(b"".join(v.numpy().tobytes() for v in tensors)).hexdigest()[:16],
         "data": str(about["args"]["data"]) if about else None}
@@ -844,7 +854,8 @@ def work(args):
 
 def probe(args, run, net, about, tasks, absent):
     """What is left to do in the run's folder, and the report."""
-    say(f"{args.checkpoint}: {about['format']}; {args.encoder} encoder, {about['arch']}, "
+    heads = f" of {about['heads']} heads" if about["heads"] else ""
+    say(f"{args.checkpoint}: {about['format']}; {args.encoder} encoder, {about['arch']}{heads}, "
         f"{about['loaded']} of {about['of']} tensors loaded{', UNTRAINED' * args.untrained}\n"
         f"  {about['layer']} features of {about['dim']}; {net.size} px, {about['interpolation']}, "
         f"mean {brief(about['mean'])}, std {brief(about['std'])}\n"

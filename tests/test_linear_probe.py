@@ -459,6 +459,44 @@ def test_published_vits_load_into_mocov3s(arch, size, tmp_path, capsys):
         assert f"--img-size 15: the first convolution of {arch} has 16 px" in refuse(capsys, args.checkpoint, *few)
 
 
+@pytest.mark.skipif(not HAS_VIT, reason="mocov3_asym.py is not there")
+@pytest.mark.parametrize("names", ["dino", "torchvision"])
+def test_vits_with_learned_positions_have_64_channels_a_head(names, tmp_path, capsys):
+    """DINO's ViT-S: MoCo v3's tensors, shape by shape, and half the heads."""
+    torch.manual_seed(0)
+    reference = torchvision.models.VisionTransformer(64, 16, 12, 6, 384, 4 * 384).eval()
+    reference.heads = torch.nn.Identity()
+    torch.nn.init.normal_(reference.encoder.pos_embedding)
+    state = reference.state_dict()
+    if names == "dino":
+        found = {**timm_names(state), **head("head.", ("weight", (4, 384)))}
+    else:  # its published files have older names
+        found = {re.sub(r"mlp\.(\d)", lambda m: f"mlp.linear_{1 if m[1] == '0' else 2}", k): v for k, v in state.items()}
+        assert found.keys() != state.keys()
+    args = args_of("--data", "demo")
+    args.checkpoint = str(tmp_path / "vit.pth")
+    torch.save(found, args.checkpoint)
+    net, about = probe.load_backbone(args)
+    assert (about["arch"], about["heads"], about["size"]) == ("vit_small", 6, 64)
+    x = torch.rand(2, 3, 64, 64, generator=rng(3))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.IMAGENET)
+    close(net(x), reference((x - mean) / std), 1e-4, 1e-5)
+    said = refuse(capsys, args.checkpoint, "--data", "demo", "--device", "cpu", "--img-size", 128)
+    assert "--img-size 128: the positions of" in said and "are learned, for 64 px; leave it out" in said
+
+
+def test_a_cifar_stem_whose_padding_the_file_does_not_tell_is_refused(tmp_path, capsys):
+    flags = mocov2_asym.parse_args(["--arch", "tiny"])
+    state = mocov2_asym.build_backbone(flags, torch.nn.BatchNorm2d)[0].state_dict()
+    path = tmp_path / "solo.ckpt"
+    torch.save({"state_dict": prefixed(state, "backbone.")}, path)
+    assert "solo-learn pads a 3 x 3 first convolution by 2" in refuse(capsys, path, "--data", "demo", "--device", "cpu")
+    torch.save({"state_dict": state}, path)
+    args = args_of("--data", "demo")
+    args.checkpoint = str(path)
+    assert probe.load_backbone(args)[1]["arch"] == "tiny"
+
+
 def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
     about = json.loads((run_folder / "args.json").read_text())
     digests = {}
