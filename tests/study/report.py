@@ -302,24 +302,21 @@ def draw_cells(plt, cells, found, colours, args):
 
 
 def draw_longer(plt, cells, runs):
-    """Fig. 3: accuracy over epochs, of the seeds that all designs have at that length."""
+    """Fig. 3: accuracy over epochs, of the seeds that all designs have at all lengths that were run."""
+    of_row = {row: [set(seeds_of(c, runs)) for c in cells if c.row == row] for row in dict.fromkeys(c.row for c in cells)}
+    lengths = [row for row, found in of_row.items() if set.intersection(*found)]
+    seeds = set.intersection(*(s for row in lengths for s in of_row[row])) if lengths else set()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    places, lengths = dict.fromkeys(c.place for c in cells), dict.fromkeys(c.row for c in cells)
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
-        for i, place in enumerate(places):
-            points = []
-            for row in lengths:
-                seeds = set.intersection(*(set(seeds_of(c, runs)) for c in cells if c.row == row))
-                mine = [runs[key(c, s)] for c in cells if (c.row, c.place) == (row, place) for s in seeds]
-                if mine:
-                    values, (c, *_) = [r[measure] for r in mine], [c for c in cells if c.row == row]
-                    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
-                    points.append((int(c.row.split()[0]) * (1 + 0.015 * (i - 2)), statistics.fmean(values), error))  # side by side
-            if points:
-                x, y, error = zip(*points, strict=True)
-                axis.errorbar(x, y, yerr=error, fmt="o-", capsize=2, label=place)
-        axis.set(xscale="log", xlabel="epochs, times those of the recipe", ylabel=f"{title}, % ± standard error over seeds", title=f"Fig. 3 at small scale: {title}")
-        axis.set_xticks([1, 2, 4], ["1", "2", "4"], minor=False)
+        for i, place in enumerate(dict.fromkeys(c.place for c in cells)):
+            mine = [c for c in cells if c.place == place and c.row in lengths]
+            values = [[runs[key(c, s)][measure] for s in seeds] for c in mine] if seeds else []
+            x = [int(c.row.split()[0]) * (1 + 0.015 * (i - 2)) for c in mine][: len(values)]  # side by side
+            errors = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
+            axis.errorbar(x, [statistics.fmean(v) for v in values], yerr=errors, fmt="o-", capsize=2, label=place)
+        axis.set(xscale="log", xlabel="epochs, times those of the recipe", ylabel=f"{title}, % ± standard error over {len(seeds)} seeds",
+                 title=f"Fig. 3 at small scale: {title}")
+        axis.set_xticks([1, 2, 4], ["1", "2", "4"])
         axis.minorticks_off()
     axes[1].legend()
     return figure
