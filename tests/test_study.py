@@ -10,6 +10,8 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib
+from pathlib import Path
 
 import pytest
 from pool import ROOT, class_tree
@@ -60,6 +62,7 @@ def test_wanted_has_each_run_once_and_seed_by_seed():
     assert len(jobs) == len({tables.key(*job) for job in jobs}) == 22 * 3 + 3
     seeds = [seed for _, seed in jobs]
     assert seeds == sorted(seeds) and seeds.count(0) == 22 and seeds[-3:] == [3, 4, 5]
+    assert len(study.wanted(COMPOSITIONS, 8, 6)) == 4 * 8, "no cell without its baseline"
 
 
 def test_rows():
@@ -75,7 +78,7 @@ def test_rows():
 
 def fake(cell, seed, commit="one"):
     """A run's line: its accuracies depend on flags and seed."""
-    x = 50 + 10 * math.sin(len(cell.flags) * 7 + seed)
+    x = 50 + 10 * math.sin(zlib.crc32(f"{cell.script} {cell.flags}".encode()) % 1000 + seed)
     return {"script": cell.script, "flags": cell.flags, "seed": seed, "linear": x, "knn": x / 2, "v_src": 1.0, "v_tgt": 2.0 - x / 50,
             "seconds": 1, "commit": commit, "command": f"python {study.command(cell, seed, 'micro', 'demo')}"}
 
@@ -134,7 +137,15 @@ def test_preferences_are_differences_without_the_baseline():
         ("--multicrop-src", "--multicrop-tgt"), ("--scalemix-src", "--scalemix-tgt"), ("--aug-src weak", "--aug-tgt weak"),
         ("--aug-src strong", "--aug-tgt strong"), ("--sync-bn-src", "--asym-bn"), ("--mean-enc-src 3", "--mean-enc 3"))]
     naive = sum((x - sum(g) / 3) ** 2 for g in groups for x in g) / 12
-    assert found["SyncBN ↓"][1].se == pytest.approx((naive / 3) ** 0.5)
+    assert naive > 0 and found["SyncBN ↓"][1].se == pytest.approx((naive / 3) ** 0.5)
+
+
+def test_seen_is_beyond_two_standard_errors_pooled_and_own():
+    seen = lambda values, *others: report.pooled({"it": values, **dict(enumerate(others))})["it"].seen
+    assert seen([3.0, 4.0, 5.0]) and not seen([3.0, 4.0, -1.0])
+    assert not seen([3.0, 4.0, 5.0], [0.0, 20.0, 40.0]), "the pooled error"
+    assert not seen([0.0, 6.0, 12.0], *[[1.0, 1.0, 1.0]] * 50), "its own"
+    assert not seen([9.0]) and str(report.pooled({"it": [9.0]})["it"]) == "+9.0"
 
 
 def test_runs_in_several_cells_count_once():
@@ -166,6 +177,7 @@ def test_rank_correlation():
     assert rho == pytest.approx(spearman(y))
     exact = [spearman(other) <= rho + 1e-9 for other in itertools.permutations(y)]
     assert p == pytest.approx(sum(exact) / len(exact), abs=0.01)
+    assert report.rank_correlation([(i, -i) for i in range(12)])[1] == pytest.approx(1 / 10_001)
     assert report.ranks([2.0, 1.0, 2.0, 3.0]) == [1.5, 0, 1.5, 3]
 
 
@@ -175,6 +187,18 @@ def test_papers_points():
     assert len(points) == 21 and points["--multicrop-src"] == (pytest.approx(math.log(8.5 / 38.0)), 4.1)
     assert points["--aug-src weak --aug-tgt strong"] == (pytest.approx(math.log(19.7 / 6.9)), -21.5)
     assert points["--mean-enc 2"] == (pytest.approx(math.log(4.2 / 8.5)), 1.7) and points["--scalemix-src --scalemix-tgt"] == (0, -1.0)
+
+
+def test_figures(tmp_path):
+    """All tables draw, whole, in part, and of one seed."""
+    pytest.importorskip("matplotlib")
+    for name, cells in TABLES.items():
+        for i, runs in enumerate((fakes(cells, 2), fakes(cells, 1), fakes(cells[: len(cells) // 2 + 1], 2))):
+            for r in list(runs.values())[::2]:
+                r["v_base"] = {"v_src": 1.0, "v_tgt": 2.0}
+            report.report(name, cells, cells, runs, tmp_path / f"{i}", argparse.Namespace(data="demo", recipe="micro"))
+            assert (tmp_path / f"{i}-{name}.png").stat().st_size > 5000
+            assert (tmp_path / f"{i}-{name}-claim.png").exists() == (name != "longer")
 
 
 def options(tmp_path, **changes):
@@ -200,7 +224,7 @@ def test_study_continues_and_reports(tmp_path, monkeypatch, capsys):
     runs = tables.read(path)
     report.report("compositions", cells, cells, runs, path.with_suffix(""), args)
     said = capsys.readouterr().out
-    assert said.count("| compositions |") == 4 and "no matplotlib, no figures" in said
+    assert said.count("| compositions |") == 4
     right = sum(d.mean > 0 for d in report.deltas(cells, runs, "linear").values())  # the paper's are all positive
     assert f"linear probe: {right} of 3 signs agree" in said
     mean = sum(runs["mocov2_asym", "", s]["linear"] for s in range(2)) / 2
@@ -223,6 +247,10 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="1 runs failed, as said above, and 0 were not tried"):
         study.study(COMPOSITIONS, args)
     assert "no +MultiCrop" in capsys.readouterr().err and len(tables.read(study.results_file(args))) == 3
+    with pytest.raises(SystemExit, match="2 runs failed, as said above, and 0 were not tried"):  # and again, if it still fails
+        study.study(COMPOSITIONS, options(tmp_path, seeds=2, base_seeds=2, budget_minutes=math.inf))
+    assert len(tables.read(study.results_file(args))) == 6
+    study.results_file(args).unlink()
     bad = {c.flags for c in TABLES["2"]}
     with pytest.raises(SystemExit, match="1 runs failed, as said above, and 2[0-9] were not tried"):  # as a wrong folder makes all
         study.study(TABLES["2"], args)
@@ -232,8 +260,30 @@ def test_results_of_other_commands_are_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "HERE", tmp_path)
     monkeypatch.setattr(study, "train", lambda cell, seed, args, run: fake(cell, seed))
     study.study(COMPOSITIONS, options(tmp_path))
-    with pytest.raises(SystemExit, match="results of another command(.|\n)*--data elsewhere/demo(.|\n)*Move that file away"):
-        study.known(COMPOSITIONS, options(tmp_path, data="elsewhere/demo"))
+    assert not study.known(COMPOSITIONS, options(tmp_path, data="elsewhere/demo")), "a file of its own"
+    path = study.results_file(options(tmp_path))
+    path.rename(path.with_name("photos.jsonl"))
+    with pytest.raises(SystemExit, match="results of another command(.|\n)*--data elsewhere/photos(.|\n)*Move that file away"):
+        study.known(COMPOSITIONS, options(tmp_path, data="elsewhere/photos"))
+    with pytest.raises(SystemExit, match="this study has(.|\n)*--data photos"):  # other cells, but in the same file
+        study.known(TABLES["3"], options(tmp_path, data="photos"))
+
+
+def test_lines_that_are_no_runs(tmp_path):
+    whole = json.dumps(fake(COMPOSITIONS[0], 0))
+    (tmp_path / "x").write_text("\n".join(["null", "[]", '{"seed": 1}', whole[:-1], whole.replace(', "linear"', ', "knn": NaN, "linear"'),
+                                           whole.replace('"seed": 0', '"seed": 1').replace('"linear": ', '"linear": NaN, "x": ')]) + "\n")
+    assert [k[2] for k in tables.read(tmp_path / "x")] == [0]
+
+
+def test_new_runs_beside_an_old_baseline_are_announced(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(study, "train", lambda cell, seed, args, run: fake(cell, seed, commit="one"))
+    monkeypatch.setattr(study, "commit", lambda script: "two")
+    study.study(COMPOSITIONS[:1], options(tmp_path))
+    assert "another version" not in capsys.readouterr().out
+    study.study(COMPOSITIONS, options(tmp_path))
+    assert "the baselines of seeds [0] are of another version of the scripts" in capsys.readouterr().out
 
 
 def test_folders_are_written_as_seen_from_the_repository(tmp_path, monkeypatch):
@@ -245,6 +295,11 @@ def test_folders_are_written_as_seen_from_the_repository(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         study.main(["--table", "sec4", "--data", data, "--work", "here"])
     assert [data for data, _ in seen] == ["demo", str(tmp_path / "my photos"), str(tmp_path / "demo"), "nowhere", "tests"]
+    assert [Path(work).name for _, work in seen] == ["demo", "my photos", "demo-folder", "nowhere", "tests"]
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    study.main(["--table", "sec4", "--data", "./demo"])
+    assert seen[-1][0] == "./demo", "the folder, not the data set"
     assert seen[1][1] == str(tmp_path / "here" / "my photos")
 
 
@@ -295,13 +350,13 @@ def test_the_readme_and_the_report_are_of_these_results(monkeypatch, capsys):
     readme = (ROOT / "README.md").read_text()
     section = readme[readme.index("## The paper's tables at small scale") : readme.index("## Measured here: the demo")]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.chdir(ROOT)
     for line in section.splitlines():
         if "--report" in line and line.startswith("python"):
             study.main(shlex.split(line, comments=True)[2:])
-    printed = capsys.readouterr().out.replace("no matplotlib, no figures\n", "")
     written = (ROOT / "tests" / "study" / "results" / "report.md").read_text()
-    assert written == printed
-    quoted = [line for line in section.splitlines() if line.startswith("| ")]
+    assert written == capsys.readouterr().out
+    whole = lambda text: re.findall(r"(?:^\|.*\n)+", text, re.M)  # tables
+    assert len(whole(section)) > 4 and not [table for table in whole(section) if table not in whole(written)]
     for block in re.findall("```text\n(.*?)```", section, re.S):
-        quoted += block.splitlines()
-    assert len(quoted) > 60 and not [line for line in quoted if line not in written.splitlines()]
+        assert not [line for line in block.splitlines() if line not in written.splitlines()]

@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+import sys
 from dataclasses import dataclass
 
 from tables import SOURCE, TARGET, key
@@ -51,9 +52,14 @@ class Delta:
     sd: float
     n: int
 
+    @property
+    def seen(self):
+        """Beyond two standard errors, the pooled and its own: cells do not vary by the same amount."""
+        return self.n > 1 and abs(self.mean) > 2 * max(self.se, self.sd / math.sqrt(self.n))
+
     def __str__(self):
         text = f"{self.mean:+.1f}" + ("" if math.isnan(self.se) else f" ± {self.se:.1f}")
-        return text if math.isnan(self.sd) else f"{text} ({self.sd:.1f})"
+        return text + ("" if math.isnan(self.sd) else f" ({self.sd:.1f})") + " *" * self.seen
 
 
 def pooled(groups):
@@ -92,9 +98,9 @@ def expected(cell):
     return 1 if math.isnan(cell.paper_delta) or cell.paper_delta > 0 else -1
 
 
-def learned(row, cells, runs):
-    """Whether the baselines of a row ended better than they began, in the mean; None where that was not measured."""
-    bases = [runs[key(c, s)] for c in cells if c.row == row and c.is_base for s in seeds_of(c, runs)]
+def learned(cell, runs):
+    """Whether a cell's baseline ended better than it began, in the mean; None where that was not measured."""
+    bases = [r for (script, flags, _), r in runs.items() if (script, flags) == (cell.script, cell.base)]
     known = [r["linear"] - r["untrained"] for r in bases if "untrained" in r]
     return statistics.fmean(known) > 0 if known else None
 
@@ -105,21 +111,23 @@ def ranks(values):
 
 
 def rank_correlation(points):
-    """Spearman's, of (x, y, ...), and the share of 10,000 permutations of y in which it is as low or lower."""
+    """Spearman's, of (x, y, ...), and the share of it and 10,000 permutations of y that are as low or lower."""
     x, y = ranks([p[0] for p in points]), ranks([p[1] for p in points])
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        return math.nan, math.nan
     found, shuffled, rng = statistics.correlation(x, y), y[:], random.Random(0)
     mean, below = statistics.fmean(x) * statistics.fmean(y) * len(x), 0
     product = sum(a * b for a, b in zip(x, y, strict=True)) - mean  # all that a permutation changes
     for _ in range(10_000):
         rng.shuffle(shuffled)
         below += sum(a * b for a, b in zip(x, shuffled, strict=True)) - mean <= product + 1e-9
-    return found, below / 10_000
+    return found, (below + 1) / 10_001
 
 
 def log_ratio(run, which):
     """log(v_tgt / v_src) of a run, of its own encoders or on its baseline's; None if that was not measured."""
     v = run if which == "own" else run.get("v_base")
-    return math.log(v["v_tgt"] / v["v_src"]) if v else None
+    return math.log(v["v_tgt"] / v["v_src"]) if v and v["v_tgt"] > 0 and v["v_src"] > 0 else None
 
 
 def mean_ratio(runs, which):
@@ -158,17 +166,17 @@ def report(name, cells, table, runs, stem, args):
     cells = [c for c in cells if not c.is_base or c in bases]  # a baseline once
     each = {m: deltas(cells, runs, m, name in BY_ROW) for m in MEASURES}
     if not each["linear"]:
-        return print(f"table {name}: no runs in {stem}.jsonl; study.py --table {name} makes them\n")
+        return print(f"table {name}: no runs in {stem.name}.jsonl; study.py --table {name} makes them\n")
     print(f"## Table {name}, {args.data}, {args.recipe} recipe\n")
-    print("| row | cell | paper | linear | Δ ± SE (SD) | kNN | Δ ± SE (SD) | v_tgt / v_src: own, baseline's | seeds | signs |")
+    print("| row | cell | paper | linear | of each seed | Δ ± SE (SD) | kNN | Δ ± SE (SD) | v_tgt / v_src: own, baseline's | signs |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for c in cells:
         row, place = ("baseline", "") if c.place == "neither" else (c.row, c.place)
         print(f"| {row} | {place} | {shown(c.paper)}{'' if c.is_base else shown(c.paper_delta, ' ({:+.1f})')} | {ours(c, cells, each, runs)} |")
     print()
     for measure, found in each.items():
-        count(measure, found, cells, runs, name)
-    print("(The cells share their baseline, and some their runs: they are no independent coins.)")
+        count(measure, found, runs, name)
+    print("(*: beyond two standard errors, the pooled and its own. The cells share their baseline, and some their runs: they are no independent coins.)")
     baseline(cells, runs)
     if name == "sec4":
         print_preferences(cells, runs)
@@ -192,6 +200,7 @@ def ours(cell, cells, each, runs):
     mine = [runs[key(cell, s)] for s in seeds]
     if not mine:
         return "not run | | | | | |"
+    paired = next((d[cell].n for d in each.values() if cell in d), len(mine) if cell.is_base else 0)
     mean = {m: f"{statistics.fmean(r[m] for r in mine):.1f}" for m in MEASURES}
     untrained = [r["untrained"] for r in mine if "untrained" in r]
     if untrained:
@@ -199,25 +208,25 @@ def ours(cell, cells, each, runs):
     delta = {m: str(found.get(cell, "")) for m, found in each.items()}
     own, base = (mean_ratio(mine, which) for which in ENCODERS)
     signs = ", ".join("agrees" if d[cell].mean * expected(cell) > 0 else "**differs**" for d in each.values() if cell in d)
-    return " | ".join([*(part for m in MEASURES for part in (mean[m], delta[m])), f"{own:.2f}, {'?' if math.isnan(base) else f'{base:.2f}'}",
-                       str(len(mine)), signs])
+    seeds = " ".join(f"{r['linear']:.0f}" for r in mine) + (f"; {paired} paired" if paired < len(mine) else "")
+    return " | ".join([mean["linear"], seeds, delta["linear"], mean["knn"], delta["knn"], f"{own:.2f}, {'?' if math.isnan(base) else f'{base:.2f}'}", signs])
 
 
 def agreeing(found):
     return f"{sum(d.mean * expected(c) > 0 for c, d in found.items())} of {len(found)}"
 
 
-def count(measure, found, cells, runs, name):
+def count(measure, found, runs, name):
     """The signs that agree with the paper's, over all cells; then over those that say more."""
     if name == "longer":  # the first column is Sec. 4's
         found = {c: d for c, d in found.items() if not c.row.startswith("1 x")}
     right = sum(d.mean * expected(c) > 0 for c, d in found.items())
     print(f"{MEASURES[measure]}: {agreeing(found)} signs agree with the paper's; so many or more of as many fair coins: p = {binomial_tail(right, len(found)):.2g}")
-    clear = {c: d for c, d in found.items() if abs(d.mean) > 2 * d.se}
-    print(f"  more than two standard errors from 0: {agreeing(clear)}")
-    idle = {c.row for c in found if learned(c.row, cells, runs) is False}
+    print(f"  of those that are seen (*): {agreeing({c: d for c, d in found.items() if d.seen})}")
+    idle = [c for c in found if learned(c, runs) is False]
     if idle:
-        print(f"  without {', '.join(sorted(idle))}, whose baseline ended no better than it began: {agreeing({c: d for c, d in found.items() if c.row not in idle})}")
+        print(f"  without {', '.join(f'{c.row} {c.place}' for c in idle)}, whose baseline ended no better than it began: "
+              f"{agreeing({c: d for c, d in found.items() if c not in idle})}")
     means = {}  # against the mean of all runs of the baseline, those of seeds that the cell lacks too
     for c in found:
         base = [runs[c.script, c.base, s][measure] for script, flags, s in runs if (script, flags) == (c.script, c.base)]
@@ -239,7 +248,7 @@ def baseline(cells, runs):
 def print_preferences(cells, runs):
     found = {m: preferences(cells, runs, m) for m in MEASURES}
     print("\nTable 1, which encoder a design prefers: accuracy with it on the source minus with it on the target, paired by seed\n")
-    print("| design | paper | linear ± SE (SD) | kNN ± SE (SD) | seeds | signs |")
+    print("| design | paper | linear ± SE (SD) | kNN ± SE (SD) | pairs | signs |")
     print("|---|---|---|---|---|---|")
     for row, (paper, linear) in found["linear"].items():
         both = linear, found["knn"][row][1]
@@ -269,22 +278,20 @@ def draw(name, cells, table, found, runs, stem, args):
     try:
         import matplotlib
     except ImportError:
-        return print("no matplotlib, no figures")
+        return print("no matplotlib, no figures", file=sys.stderr)
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     colours = {row: f"C{i}" for i, row in enumerate(dict.fromkeys(c.row for c in table))}  # the same, whichever rows are chosen
     markers = dict(zip(dict.fromkeys(c.place for c in table if not c.is_base), "o^sDvP*X<>hdp", strict=False))
-    figure = draw_longer(plt, cells, runs) if name == "longer" else draw_cells(plt, cells, found, colours, args)
-    figure.tight_layout()
-    figure.savefig(f"{stem}-{name}.png", dpi=90)
-    names = [f"{stem}-{name}.png"]
+    figures = {name: draw_longer(plt, cells, runs) if name == "longer" else draw_cells(plt, cells, found, colours, args)}
     if name != "longer":
-        figure = draw_claim(plt, cells, runs, colours, markers)
+        figures[f"{name}-claim"] = draw_claim(plt, cells, runs, colours, markers)
+    for ending, figure in figures.items():
         figure.tight_layout()
-        figure.savefig(f"{stem}-{name}-claim.png", dpi=90)
-        names.append(f"{stem}-{name}-claim.png")
-    print(f"drawn: {', '.join(names)}\n")
+        figure.savefig(f"{stem}-{ending}.png", dpi=90)
+        plt.close(figure)
+    print(f"drawn: {', '.join(f'{stem}-{ending}.png' for ending in figures)}", file=sys.stderr)
 
 
 def draw_cells(plt, cells, found, colours, args):

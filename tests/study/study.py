@@ -6,8 +6,8 @@
     python tests/study/study.py --table sec4 --rows MultiCrop ScaleMix --data photos      images of a folder; some rows only
 
 A run is one command line of a script and one of linear_probe.py, in one thread; both are written, with what came out, as
-a line to results/DATA.jsonl. Runs that are there are not repeated; one that was interrupted continues. All cells of a table
-have the same number of epochs, as in the paper. tables.py has the cells, report.py the statistics.
+a line to results/DATA.jsonl. Runs that are there are not repeated; one that was interrupted continues. Cells that are
+compared have the same number of epochs, as in the paper. tables.py has the cells, report.py the statistics.
 
 micro, the default recipe, is MoCo v2's demo recipe made so small that a run takes about a minute of one thread. It was chosen
 on the baseline alone, before any design was tried (results/micro.txt), and is left as it is."""
@@ -44,8 +44,8 @@ def wanted(cells, seeds, base_seeds):
     runs = {}
     for seed in range(max(seeds, base_seeds)):
         for cell in cells:
-            more = base_seeds if cell.is_base and cell.script == "mocov2_asym" and not cell.flags else seeds
-            if seed < more:
+            more = cell.is_base and cell.script == "mocov2_asym" and not cell.flags
+            if seed < seeds or more and seed < base_seeds:
                 runs.setdefault(key(cell, seed), (cell, seed))
     return list(runs.values())
 
@@ -97,27 +97,29 @@ def probe(out, name, run, *flags):
 
 def train(cell, seed, args, run):
     """Trains and probes once, and returns the line for the results. An interrupted run continues in its folder."""
-    out, begun = folder(cell.script, cell.flags, seed, args), time.time()
+    out, begun, version = folder(cell.script, cell.flags, seed, args), time.time(), commit(cell.script)
     line = command(cell, seed, args.recipe, args.data)
     run(f"{line} --out {shlex.quote(str(out))}")
     linear = probe(out, "probe", run)
     log = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
     last = {k: log[-1][k] for k in ("loss", "std_src", "std_tgt", "v_src", "v_tgt")}
+    if not all(map(math.isfinite, last.values())):
+        raise Failed(f"study: {out} ended with values that are not finite: {last}")
     return {"script": cell.script, "flags": cell.flags, "seed": seed, "linear": linear, "knn": 100 * log[-1]["knn"], **last,
             "steps": log[-1]["step"], "seconds": round(time.time() - begun), "command": f"python {line}",
-            "probe": "python linear_probe.py RUN --max-iter 30", "commit": commit(), "versions": log[0]["versions"]}
+            "probe": "python linear_probe.py RUN --max-iter 30", "commit": version, "versions": log[0]["versions"]}
 
 
-def commit():
-    """Of the scripts; "-dirty" after it where they were changed since; None in a copy without git."""
+def commit(script):
+    """The last that changed a script or common/; "-dirty" after it where they were changed since; None in a copy without git."""
     if not shutil.which("git"):
         return None
 
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "*_asym.py", "linear_probe.py", "common")
-    return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed) or None
+    files = f"{script}.py", "common"
+    return git("log", "-1", "--format=%h", "--", *files) + "-dirty" * bool(git("status", "--porcelain", "--", *files)) or None
 
 
 def variances_on_baseline(cell, seed, args):
@@ -144,7 +146,7 @@ def more(cell, seed, line, args, run):
     found = {}
     if "v_base" not in line and (base / "last.pt").exists():
         found["v_base"] = variances_on_baseline(cell, seed, args)
-    if cell.is_base and cell.place != "8 BN groups" and "untrained" not in line and (base / "last.pt").exists():
+    if cell.is_base and "untrained" not in line and (base / "last.pt").exists():
         found["untrained"] = probe(base, "untrained", run, f"--untrained --seed {seed}")
     return found
 
@@ -160,13 +162,17 @@ def study(cells, args):
     jobs = wanted(cells, args.seeds, args.base_seeds)
     missing, outcomes = [(c, s) for c, s in jobs if key(c, s) not in there], []
     print(f"{len(missing)} runs to do, {args.jobs} at a time; results in {path}", flush=True)
+    old = {s for c, s in missing if (b := there.get((c.script, c.base, s))) and b.get("commit") != commit(c.script)}
+    if old:
+        print(f"the baselines of seeds {sorted(old)} are of another version of the scripts, with which new runs are not compared: "
+              f"take their lines out of that file, and this command runs them anew", flush=True)
 
     def write(cell, seed, found):
         with lock, open(path, "a") as f:
             f.write(json.dumps({"script": cell.script, "flags": cell.flags, "seed": seed, **found}) + "\n")
 
     def work(job):
-        hopeless = "failed" in outcomes and "done" not in outcomes
+        hopeless = "failed" in outcomes and "done" not in outcomes and not there
         if run.stopped or hopeless or time.time() - started > 60 * args.budget_minutes:
             return outcomes.append("left")
         try:
@@ -189,10 +195,14 @@ def study(cells, args):
     try:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(work, missing))
-        there = read(path)
+        now = read(path)
         for c, s in jobs:
-            if key(c, s) in there and (found := more(c, s, there[key(c, s)], args, run)):
-                write(c, s, found)
+            try:
+                if key(c, s) in now and not run.stopped and (found := more(c, s, now[key(c, s)], args, run)):
+                    write(c, s, found)
+            except (Failed, RuntimeError, KeyError) as e:  # a folder of another version
+                print(f"study: {c.script} {c.flags} seed {s} cannot be measured further: {e}", file=sys.stderr, flush=True)
+                outcomes.append("failed")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -203,20 +213,26 @@ def study(cells, args):
         raise SystemExit(f"study: {failed} runs failed, as said above, and {left} were not tried; when mended, the same command continues")
 
 
+def is_data_set(name):
+    return name in importlib.import_module("common.data").NAMES
+
+
 def results_file(args):
-    name = Path(args.data).name + ("" if args.recipe == "micro" else f"-{args.recipe}")
+    name = Path(args.data).name
+    name += "-folder" * (is_data_set(name) and not is_data_set(args.data)) + ("" if args.recipe == "micro" else f"-{args.recipe}")
     return HERE / "results" / f"{name}.jsonl"
 
 
 def known(cells, args):
-    """The runs that the file of results has. Those of the cells must be of the commands that would be run now."""
-    runs = read(results_file(args))
-    for c in cells:
-        for (script, flags, seed), r in runs.items():
-            now = f"python {command(c, seed, args.recipe, args.data)}"
-            if (script, flags) == (c.script, c.flags) and r["command"] != now:
-                raise SystemExit(f"study: {results_file(args)} has results of another command: it has\n  {r['command']}\nand this study "
-                                 f"has\n  {now}\nMove that file away, or use a folder of another name")
+    """The runs that the file of results has. They must be of these data, and of the commands that would be run now."""
+    runs, cells_of = read(results_file(args)), {(c.script, c.flags): c for c in cells}
+    for (script, flags, seed), r in runs.items():
+        words = shlex.split(r["command"])
+        data, c = words[words.index("--data") + 1] if "--data" in words else "demo", cells_of.get((script, flags))
+        now = f"python {command(c, seed, args.recipe, args.data)}" if c else r["command"]
+        if r["command"] != now or data != args.data:
+            raise SystemExit(f"study: {results_file(args)} has results of another command: it has\n  {r['command']}\nand this study "
+                             f"has\n  {now if c else f'--data {args.data}'}\nMove that file away, or use a folder of another name")
     return runs
 
 
@@ -254,10 +270,10 @@ def main(argv=None):
         p.error("nothing to do: give --table to run it, or --report")
     if args.rows and not args.table:
         p.error("--rows are of a table: give --table too")
-    named = args.data in importlib.import_module("common.data").NAMES
-    if Path(args.data).is_dir() and not named:  # the commands run in the repository's folder; within it, no machine's paths in the results
+    if Path(args.data).is_dir() and not is_data_set(args.data):  # the commands run in the repository's folder; within it, no machine's paths
         path = Path(os.path.abspath(args.data))
         args.data = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+        args.data = f"./{args.data}" if is_data_set(args.data) else args.data
     asked = {name: chosen(cells, args.rows, p) for name, cells in tables(args.recipe).items() if args.table in (None, name)}
     args.work = str(Path(args.work, results_file(args).stem).absolute())
     os.chdir(ROOT)

@@ -102,12 +102,12 @@ def key(cell, seed):
 
 def read(path):
     """key -> what is known of the run, of all runs in a file of results: what its lines say, the later ones added to the
-    earlier. A line that was not written to its end says nothing."""
+    earlier. A line that was not written to its end says nothing, nor does one that is no run's."""
     runs = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             found = json.loads(line)
-        except json.JSONDecodeError:
+            runs.setdefault((found["script"], found["flags"], found["seed"]), {}).update(found)
+        except (json.JSONDecodeError, TypeError, KeyError):
             continue
-        runs.setdefault((found["script"], found["flags"], found["seed"]), {}).update(found)
-    return {k: r for k, r in runs.items() if "linear" in r}
+    return {k: r for k, r in runs.items() if math.isfinite(r.get("linear", math.nan))}
