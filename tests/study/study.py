@@ -165,7 +165,7 @@ def study(cells, args):
     old = {s for c, s in missing if (b := there.get((c.script, c.base, s))) and b.get("commit") != commit(c.script)}
     if old:
         print(f"the baselines of seeds {sorted(old)} are of another version of the scripts, with which new runs are not compared: "
-              f"take their lines out of that file, and this command runs them anew", flush=True)
+              f"take their lines out of that file and their folders out of {args.work}, and this command runs them anew", flush=True)
 
     def write(cell, seed, found):
         with lock, open(path, "a") as f:
