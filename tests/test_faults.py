@@ -406,7 +406,7 @@ def test_images_that_changed_their_class_are_other_data(script, tmp_path, capsys
     code, said = run(script, line, capsys)
     assert code == 2 and "file_names " in said and "images 3" not in said
     (images / "class2" / "003.png").rename(images / "class0" / "003.png")
-    assert run(script, line, capsys)[0] == 0
+    assert run(script, f"{line} --steps 3", capsys)[0] == 0 and log_lines(tmp_path / "run")[-1]["step"] == 3
 
 
 # ---- checkpoints ----
