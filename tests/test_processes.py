@@ -134,7 +134,6 @@ def test_an_unreadable_image_of_knn_is_counted_once_and_replaced_alike(pool, tmp
         close(z, one[0])
 
 
-
 def agree(pool, worlds, method, tree, tmp_path, flags):
     """An epoch and a third. Buffers and queue are in last.pt with the weights and the optimiser's."""
     outs = [run(pool, w, method, tree, tmp_path / str(w), f"{flags} --steps 4") for w in worlds]

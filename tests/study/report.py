@@ -72,14 +72,10 @@ def pooled(groups):
 
 def deltas(cells, runs, measure, by_row=False):
     """cell -> Delta, of those cells that have runs; the variance is pooled over all cells, or over those of a row."""
-    found = {c: d.values() for c, d in differences(cells, runs, measure).items()}
-    deltas = {}
-    for row in dict.fromkeys(c.row for c in found):
-        mine = [c for c in found if c.row == row or not by_row]
-        distinct = {(c.script, c.flags): found[c] for c in mine}  # the same runs in two cells count once
-        each = pooled(distinct)
-        deltas.update({c: each[c.script, c.flags] for c in mine if (c.script, c.flags) in each})
-    return deltas
+    found, each = {c: d.values() for c, d in differences(cells, runs, measure).items()}, {}
+    for row in {c.row for c in found} if by_row else {""}:
+        each.update(pooled({(c.script, c.flags): d for c, d in found.items() if row in ("", c.row)}))  # runs in two cells count once
+    return {c: each[c.script, c.flags] for c in found if (c.script, c.flags) in each}
 
 
 def preferences(cells, runs, measure):

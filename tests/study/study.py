@@ -104,7 +104,7 @@ def train(cell, seed, args, run):
     log = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
     last = {k: log[-1][k] for k in ("loss", "std_src", "std_tgt", "v_src", "v_tgt")}
     if not all(map(math.isfinite, last.values())):
-        raise Failed(f"study: {out} ended with values that are not finite: {last}")
+        raise Failed(f"study: {out} ended with values that are not finite: {last}; remove that folder to run it anew")
     return {"script": cell.script, "flags": cell.flags, "seed": seed, "linear": linear, "knn": 100 * log[-1]["knn"], **last,
             "steps": log[-1]["step"], "seconds": round(time.time() - begun), "command": f"python {line}",
             "probe": "python linear_probe.py RUN --max-iter 30", "commit": version, "versions": log[0]["versions"]}
