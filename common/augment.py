@@ -1,19 +1,20 @@
 """Augmentations, on batches: what an image goes through between the crop and the network.
 
-An image batch is a float tensor (n, 3, h, w) in [0, 1], square. Operations take one parameter per image,
-drawn on the CPU for the *global* batch by a generator that depends on seed and step alone; a process uses
-its slice. So a run does not depend on the number of processes, and resuming needs no random state.
+Images are a float tensor (n, 3, h, w) in [0, 1]. Operations take one parameter per image, drawn on
+the CPU for the *global* batch by a generator that depends on seed and step alone; a process uses
+its slice. So a run does not depend on the number of processes; resuming needs no random state.
 
     recipe = strong(V2)                          # what may happen, with which probability
-    params = draw(recipe, 256, rng(seed, step))  # what happens to each of the 256 images of the global batch
+    params = draw(recipe, 256, rng(seed, step))  # what happens to each image of the global batch
     x = augment(x, recipe, {k: v[rank::world] for k, v in params.items()}, mean, std)
 
-Order: flip, jitter (its parts in an order of the image's own), grey, blur, solarize, RandAugment, normalize.
-The papers' codes flip first or last; it commutes with all but RandAugment, which the paper's code has last.
-Each operation equals torchvision's functional form (tests/test_augment.py gives the tolerances). Deviations:
-  * The blur is a true Gaussian cut at 11 pixels (23 taps, as BYOL's at 224 px), or at the image's size below
-    12 px; PIL's, used by MoCo, is three box blurs.
-  * BYOL's and SimCLR v1's brightness is additive in their code; here it multiplies, as torchvision's does.
+Order: flip, jitter (its parts in an order of the image's own), grey, blur, solarize, RandAugment,
+normalize. The papers' codes flip first or last; it commutes with all but RandAugment, which the
+paper's code has last. Each operation equals torchvision's functional form (tests/test_augment.py
+gives the tolerances). Deviations:
+  * The blur is a true Gaussian cut at 11 pixels (23 taps, as BYOL's at 224 px), or at the border
+    below 12 px; PIL's, used by MoCo, is three box blurs.
+  * BYOL's and SimCLR v1's brightness is additive in their code; here it multiplies.
   * RandAugment interpolates bilinearly; timm's picks bilinear or bicubic at random.
 """
 
@@ -27,9 +28,9 @@ import torchvision.transforms.v2.functional as TF
 
 
 def rng(*key):
-    """A CPU generator that is a function of the key alone, integers and strings: (seed, "views", step)."""
+    """A CPU generator that is a function of the key alone, integers and strings: (seed, step)."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch's uses 32 bits
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch uses 32 bits
 
 # ---- recipes ----
 
@@ -56,30 +57,32 @@ SIMCLR = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.8, 0.8, 0.8, 0.2), 
 
 
 def strong(recipe):
-    """StrongerAug (Sec. 4.3): the recipe, then RandAugment, timm's rand-m10-n2-mstd0.5 as in the paper."""
+    """StrongerAug (Sec. 4.3): then RandAugment, timm's rand-m10-n2-mstd0.5 as in the paper."""
     return replace(recipe, randaugment=True)
 
 
 def weak(recipe):
-    """WeakerAug (Sec. 4.3): crop and flip only. The paper's code widens the crop's scale to (0.08, 1)."""
-    return replace(recipe, scale=(0.08, 1.0), jitter=0.0, grey=0.0, blur=0.0, solarize=0.0, randaugment=False)
+    """WeakerAug (Sec. 4.3): crop and flip alone; the scale is that of the paper's code."""
+    return replace(recipe, scale=(0.08, 1.0), jitter=0.0, grey=0.0, blur=0.0, solarize=0.0,
+                   randaugment=False)
 
 
 def draw(recipe, n, generator):
-    """Parameters for n images: a dict of CPU tensors with n rows. Two recipes make the same draws from a
-    generator and differ in what they do with them."""
+    """Parameters for n images: a dict of CPU tensors with n rows. Two recipes make the same draws
+    from a generator and differ in what they do with them."""
     u = torch.rand(n, 10, generator=generator)
     jitter = torch.tensor(recipe.strength) * (2 * torch.rand(n, 4, generator=generator) - 1)
+
     return {
         "flip": u[:, 0] < recipe.flip,
         "jitter": u[:, 1] < recipe.jitter,
-        "factors": torch.cat([(1 + jitter[:, :3]).clamp_min(0), jitter[:, 3:]], 1),  # factors, hue's shift
+        "factors": torch.cat([(1 + jitter[:, :3]).clamp_min(0), jitter[:, 3:]], 1),  # hue: shift
         "order": torch.rand(n, 4, generator=generator).argsort(1),
         "grey": u[:, 2] < recipe.grey,
         "blur": u[:, 3] < recipe.blur,
         "sigma": 0.1 + 1.9 * u[:, 4],
         "solarize": u[:, 5] < recipe.solarize,
-        # RandAugment: two operations, with replacement, each applied half the time; N(10, 0.5) / 10 cut at 1
+        # RandAugment: two operations, with replacement, each applied half the time
         "op": torch.randint(len(OPS), (n, 2), generator=generator),
         "on": u[:, 6:8] < 0.5,
         "magnitude": (1 + 0.05 * torch.randn(n, 2, generator=generator)).clamp(0, 1),
@@ -88,7 +91,8 @@ def draw(recipe, n, generator):
 
 
 def augment(x, recipe, params, mean, std):
-    """A recipe applied to images (n, 3, s, s) in [0, 1] with n rows of draw()'s parameters; new images."""
+    """A recipe applied to images (n, 3, s, s) in [0, 1], with n rows of draw()'s parameters; new
+    images. mean, std: (3,)."""
     x, p = x.clone(), params
     on(x, p["flip"], lambda x: x.flip(3))
     for slot in range(4):
@@ -97,24 +101,28 @@ def augment(x, recipe, params, mean, std):
     on(x, p["grey"], lambda x: TF.rgb_to_grayscale(x, 3))
     on(x, p["blur"], gaussian_blur, p["sigma"])
     on(x, p["solarize"], lambda x: TF.solarize(x, 0.5))
+
     if recipe.randaugment:
         for slot in range(2):
             for k, op in enumerate(OPS.values()):
                 chosen = p["on"][:, slot] & (p["op"][:, slot] == k)
                 on(x, chosen, op, p["magnitude"][:, slot], p["sign"][:, slot])
+
     mean, std = (s.to(x, non_blocking=True).view(3, 1, 1) for s in (mean, std))
     return x.sub_(mean).div_(std) if recipe.normalize else x
 
 
 def on(x, mask, op, *params):
-    """Replaces the images of mask (n,) by op(images, *their parameters). A CPU mask: no wait for GPUs."""
+    """Replaces the images of mask (n,) by op(images, *their parameters). A CPU mask, so that
+    nothing waits for a GPU."""
     rows = mask.nonzero().squeeze(1)
     if len(rows):
         there = rows.to(x.device, non_blocking=True)
-        new = op(x.index_select(0, there), *(p[rows].to(x.device, non_blocking=True) for p in params))
+        params = [p[rows].to(x.device, non_blocking=True) for p in params]
+        new = op(x.index_select(0, there), *params)
         x.index_copy_(0, there, new.to(x.dtype))
 
-# ---- photometric operations: images (n, 3, h, w) in [0, 1] and one parameter per image (n,) ----
+# ---- photometric operations: images (n, 3, h, w) in [0, 1], one parameter per image (n,) ----
 
 def blend(x, other, factor):
     return (factor.view(-1, 1, 1, 1) * (x - other) + other).clamp(0, 1)
@@ -135,28 +143,33 @@ def saturation(x, factor):
 def hue(x, shift):
     """Turns the hue by shift in [-0.5, 0.5] of the colour circle."""
     r, g, b = x.unbind(1)
-    top, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    top, low = x.amax(1), x.amin(1)
     c = torch.where(top > low, top - low, 1)
-    sixth = torch.where(top == r, (g - b) / c, torch.where(top == g, 2 + (b - r) / c, 4 + (r - g) / c))
+
+    red_or_green = torch.where(top == g, 2 + (b - r) / c, 4 + (r - g) / c)
+    sixth = torch.where(top == r, (g - b) / c, red_or_green)
     h = (sixth + 6 * shift.view(-1, 1, 1)) % 6  # red at 0, green at 2, blue at 4
     share = torch.stack([(h - 3).abs() - 1, 2 - (h - 2).abs(), 2 - (h - 4).abs()], 1).clamp(0, 1)
     return low[:, None] + (top - low)[:, None] * share
 
 
 def gaussian_blur(x, sigma, radius=11):
-    """Blur by sigma pixels (a standard deviation), reflected borders: a convolution of columns, then one of
-    rows. Each image has a kernel of its own, so that images and channels are the convolution's groups."""
+    """Blur by sigma pixels (a standard deviation), reflected borders: a convolution of columns,
+    then one of rows. Each image has a kernel of its own, so that images and channels are the
+    convolution's groups."""
     n, c, h, w = x.shape
 
-    def kernel(length):  # no longer than reflection allows
-        taps = torch.arange(-min(radius, length - 1), min(radius, length - 1) + 1, device=x.device)
+    def kernel(length):
+        reach = min(radius, length - 1)  # no longer than reflection allows
+        taps = torch.arange(-reach, reach + 1, device=x.device)
         k = (-0.5 * (taps / sigma.view(-1, 1)) ** 2).exp()
         return (k / k.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # (n c, 1, taps)
 
     down, across = kernel(h)[..., None], kernel(w)[:, :, None]
     rows, cols = down.shape[2] // 2, across.shape[3] // 2
     x = F.pad(x, (cols, cols, rows, rows), mode="reflect").flatten(0, 1)[None]
-    return F.conv2d(F.conv2d(x, down, groups=n * c), across, groups=n * c).view(n, c, h, w)
+    x = F.conv2d(x, down, groups=n * c)
+    return F.conv2d(x, across, groups=n * c).view(n, c, h, w)
 
 # ---- RandAugment's fifteen operations: (images, magnitude in [0, 1], sign) ----
 
@@ -174,21 +187,22 @@ def rotate(x, m, sign):
 
 
 def posterize(x, m, sign):
-    step = 2.0 ** (8 - (4 * m).floor()).view(-1, 1, 1, 1)  # keeps int(4 m) bits: 4 at full magnitude, else 3
+    step = 2.0 ** (8 - (4 * m).floor()).view(-1, 1, 1, 1)  # keeps 4 bits at m = 1, else 3
     return (x * 255).round().div(step).floor() * step / 255
 
 
 def solarize(x, m, sign):
-    return torch.where(x * 255 >= (256 * m).floor().view(-1, 1, 1, 1), 1 - x, x)  # nothing at m = 1
+    return torch.where(x * 255 >= (256 * m).floor().view(-1, 1, 1, 1), 1 - x, x)  # none at m = 1
 
 
 def solarize_add(x, m, sign):
-    return torch.where(x * 255 < 128, (x + (110 * m).floor().view(-1, 1, 1, 1) / 255).clamp_max(1), x)
+    more = x + (110 * m).floor().view(-1, 1, 1, 1) / 255
+    return torch.where(x * 255 < 128, more.clamp_max(1), x)
 
 
-OPS = {  # shears are about the upper left corner, as PIL's; translations reach 0.45 of the image, factors 1.9
+OPS = {  # shears are about the upper left corner, as PIL's; translations reach 0.45 of the image
     "AutoContrast": lambda x, m, sign: TF.autocontrast(x),
-    "Equalize": lambda x, m, sign: TF.equalize((x * 255).round().byte()).float() / 255,
+    "Equalize": lambda x, m, sign: TF.equalize((x * 255).round().byte()).to(x.dtype) / 255,
     "Invert": lambda x, m, sign: 1 - x,
     "Rotate": rotate,
     "Posterize": posterize,
@@ -207,57 +221,120 @@ OPS = {  # shears are about the upper left corner, as PIL's; translations reach 
 # ---- crops and ScaleMix ----
 
 def crop_boxes(n, height, width, scale, generator):
-    """RandomResizedCrop's law: boxes (n, 4) of top, left, height, width in pixels. Share of the area uniform
-    in scale (two numbers, or a row of two for each box), ratio log-uniform in [3/4, 4/3], ten tries, then the
-    largest central box of an allowed ratio."""
+    """RandomResizedCrop's law: boxes (n, 4) of top, left, height, width in pixels. Share of the
+    area uniform in scale (two numbers, or a row of two for each box), ratio log-uniform in
+    [3/4, 4/3], ten tries, then the largest central box of an allowed ratio."""
     u = torch.rand(n, 22, generator=generator)
-    image, scale = torch.tensor([[height], [width]]), torch.tensor(scale, dtype=torch.double).view(-1, 2)
-    # their difference in double: 1 - 0.2 in float would not be the float nearest to 0.8
-    area = height * width * (scale[:, :1].float() + scale.diff(dim=1).float() * u[:, :10])
+    image = torch.tensor([[height], [width]])
+
+    scale = torch.tensor(scale, dtype=torch.double).view(-1, 2)
+    low, range_ = scale[:, :1], scale.diff(dim=1)  # 1 - 0.2 in float is not the nearest to 0.8
+    area = height * width * (low.to(u) + range_.to(u) * u[:, :10])
     ratio = ((2 * u[:, 10:20] - 1) * math.log(4 / 3)).exp()
-    tries = torch.stack([area / ratio, area * ratio]).sqrt().round().long()  # (2, n, 10): heights, widths
+    tries = torch.stack([area / ratio, area * ratio]).sqrt().round().long()  # (2, n, 10)
     fits = ((tries > 0) & (tries <= image[:, None])).all(0)
-    central = torch.tensor([[min(height, round(width * 4 / 3))], [min(width, round(height * 4 / 3))]])
-    none, size = ~fits.any(1), tries[:, torch.arange(n), fits.int().argmax(1)]
-    size = torch.where(none, central, size)  # (2, n)
+    first = tries[:, torch.arange(n), fits.int().argmax(1)]
+
+    tall, wide = round(width * 4 / 3), round(height * 4 / 3)
+    central = torch.tensor([[min(height, tall)], [min(width, wide)]])
+    none = ~fits.any(1)
+    size = torch.where(none, central, first)  # (2, n): heights, widths
     room = image - size
     corner = torch.where(none, room // 2, (u[:, 20:].T * (room + 1)).long())
     return torch.cat([corner, size]).T
 
 
 def crop_batch(images, boxes, size, bicubic=False):
-    """Crops uint8 images (n, 3, H, W) to boxes (n, 4), resizes with antialiasing: float (n, 3, size, size) in
-    [0, 1]. Resizing is linear in rows and in columns, so a batch of crops is two products with matrices."""
+    """Crops uint8 images (n, 3, H, W) to boxes (n, 4), resizes with antialiasing: float
+    (n, 3, size, size) in [0, 1]. Resizing is linear in rows and in columns, so a batch of crops is
+    two products with matrices."""
 
-    def matrix(length, start, extent):  # (n, size, length): the weights of pixels in pixels of the crop
+    def matrix(length, start, extent):  # (n, size, length): weights of pixels in the crop's pixels
         pixel = torch.arange(length, device=images.device) + 0.5 - start
-        centre = (torch.arange(size, device=images.device).view(-1, 1) + 0.5) * extent / size
-        d = ((pixel - centre) / (extent / size).clamp_min(1)).abs()
+        centre = torch.arange(size, device=images.device).view(-1, 1) + 0.5
+        d = ((pixel - centre * extent / size) / (extent / size).clamp_min(1)).abs()
         if bicubic:  # the cubic kernel with a = -0.5
-            w = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2) * (d < 2)
+            near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
+            w = torch.where(d < 1, near, far) * (d < 2)
         else:
             w = (1 - d).clamp_min(0)
         w = w * ((pixel > 0) & (pixel < extent))
         return w / w.sum(2, keepdim=True)
 
-    top, left, height, width = boxes.to(images.device, non_blocking=True).view(-1, 4, 1, 1).unbind(1)
+    boxes = boxes.to(images.device, non_blocking=True)
+    top, left, height, width = boxes.view(-1, 4, 1, 1).unbind(1)
     rows, cols = matrix(images.shape[2], top, height), matrix(images.shape[3], left, width)
-    x = (images.float().flatten(1, 2) @ cols.transpose(1, 2)).unflatten(1, (3, -1)) / 255  # columns first
+    x = images.to(torch.get_default_dtype()).flatten(1, 2)
+    x = (x @ cols.transpose(1, 2)).unflatten(1, (3, -1)) / 255  # columns first
     return (rows[:, None] @ x).clamp(0, 1)
 
 
 def scalemix_boxes(n, size, generator):
-    """CutMix's law (Sec. 4.2): boxes (n, 4) of top, bottom, left, right. Sides size * sqrt(1 - lambda),
-    lambda and the centre uniform, cut at the border, which leaves 0.32 of the area on average."""
+    """CutMix's law (Sec. 4.2): boxes (n, 4) of top, bottom, left, right. Sides size sqrt(1 - u), u
+    and the centre uniform, cut at the border, which leaves 0.32 of the area on average."""
     half = (size * (1 - torch.rand(n, generator=generator)).sqrt()).long() // 2
     y, x = torch.randint(size, (2, n), generator=generator)
     return torch.stack([y - half, y + half, x - half, x + half], 1).clamp(0, size)
 
 
 def scalemix(first, second, boxes):
-    """ScaleMix (Sec. 4.2): second inside the boxes (n, 4), first elsewhere; both are views (n, 3, s, s)."""
-    top, bottom, left, right = boxes.to(first.device, non_blocking=True).view(-1, 4, 1, 1).unbind(1)
+    """ScaleMix (Sec. 4.2) of views (n, 3, s, s): second inside the boxes (n, 4), else first."""
+    boxes = boxes.to(first.device, non_blocking=True).view(-1, 4, 1, 1)
+    top, bottom, left, right = boxes.unbind(1)
     y = torch.arange(first.shape[2], device=first.device).view(1, -1, 1)
     x = torch.arange(first.shape[3], device=first.device).view(1, 1, -1)
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
     return torch.where(inside[:, None], second, first)
+
+# ---- views: what an encoder sees of an image ----
+
+@dataclass(frozen=True)
+class View:
+    """A random crop by a recipe, resized to size x size pixels; mix: ScaleMix of two of them."""
+
+    recipe: Recipe
+    size: int
+    mix: bool = False
+
+
+def crops_of(plan):
+    """The crops that a plan needs, in order: a View for each, two for a ScaleMix view. A plan has
+    two sides (source, target), a side is a list of bags, a bag a list of Views."""
+    crops = []
+    for bags in plan:
+        for view in sum(bags, []):
+            crops += [view, view] if view.mix else [view]
+    return crops
+
+
+def make_views(plan, crops, total, generator, stats, part):
+    """Crops (n, 3, s, s), those of crops_of(plan), as views arranged as in the plan. They are the
+    slice part of a global batch of total images. stats: the data's mean and std."""
+    crops = iter(crops)
+    mean, std = map(torch.tensor, stats)
+
+    def make(view, mix):
+        params = {k: v[part] for k, v in draw(view.recipe, total, generator).items()}
+        first = augment(next(crops), view.recipe, params, mean, std)
+        if not mix:
+            return first
+        boxes = scalemix_boxes(total, view.size, generator)[part]
+        return scalemix(first, make(view, False), boxes)
+
+    return [[[make(view, view.mix) for view in bag] for bag in bags] for bags in plan]
+
+
+def picture(sides, stats):
+    """make_views()'s sides as tiles (images * columns, 3, s, s), and the number of columns: a row
+    for each image, the source's views, a white tile, the target's."""
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in stats)
+    edge = max(x.shape[3] for bags in sides for x in sum(bags, []))
+    columns = []
+    for bags in sides:
+        for x in sum(bags, []):
+            tile = (x * std + mean).clamp(0, 1)
+            columns.append(F.pad(tile, (0, edge - x.shape[3]) * 2, value=1.0))
+        columns.append(torch.ones_like(columns[0]))
+
+    tiles = torch.stack(columns[:-1], 1).flatten(0, 1)
+    return F.interpolate(tiles, scale_factor=max(1, 96 // edge)), len(columns) - 1
