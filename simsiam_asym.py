@@ -1,39 +1,36 @@
 """SimSiam with asymmetric designs, in one file.
 
-Wang, Fan, Tian, Kihara, Chen: On the Importance of Asymmetry for Siamese Representation Learning, CVPR 2022.
-Chen, He: Exploring Simple Siamese Representation Learning, CVPR 2021, arXiv:2011.10566.
+Wang, Fan, Tian, Kihara, Chen: On the Importance of Asymmetry for Siamese Representation Learning,
+CVPR 2022. Chen, He: Exploring Simple Siamese Representation Learning, CVPR 2021.
 
-The source encoder f_s learns by gradient; the target encoder f_t is its clone and judges it. For images x:
+The source encoder f_s learns by gradient; the target encoder f_t is its clone and judges it:
 
-    theta_t = theta_s                                            the target is a clone of the source
-    q  = normalize(h(f_s(aug_s(x))))                             source encodings, then h; with gradient
-    z' = normalize(f_t(aug_t(x)))                                target encodings, without
-    L  = mean of -q.z'                                           no negatives
+    theta_t = theta_s                                        the target is a clone of the source
+    z_src = f_s(aug_s(x));  p_src = normalize(h(z_src))      source encodings, then the predictor
+    z_tgt = normalize(f_t(aug_t(x)))                         target encodings, without gradient
+    L = mean of -p_src.z_tgt                                 no negatives
     theta_s, h = SGD((theta_s, h), dL/d(theta_s, h))
 
-The paper's finding: keep the target's variance below the source's. Each design is a flag, on either encoder:
---multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2; their opposites: --help.
+The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
+encoder: --multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2.
 --symmetrize is the original, in which each view goes through both encoders.
 
-    python simsiam_asym.py                                       a laptop: demo data (see README)
-    python simsiam_asym.py --data cifar10 --download             one GPU: the CIFAR recipe
-    torchrun --nproc_per_node=8 simsiam_asym.py --data IMAGENET --epochs 200 --scalemix-src --mean-enc 2
+    python simsiam_asym.py                                   a laptop: demo data, two minutes
+    python simsiam_asym.py --data cifar10 --download         one GPU: the CIFAR recipe
+    torchrun --nproc_per_node=8 simsiam_asym.py --data IMAGENET --epochs 200 --scalemix-src
 """
 
 # ============================================================================== shared: imports
 import argparse
-import fcntl
-import inspect
+import hashlib
 import json
 import math
 import os
-import resource
-import shutil
 import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,76 +39,70 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from common import augment, data
-from common.augment import rng
+from common import augment, data, knn, resnet
+from common.augment import View, rng
 
-# ============================================================================== method: recipes and flags
+# ============================================================================== method: recipes
 # imagenet is the original's; small too, but for its 200 epochs instead of 800. demo is our choice.
+ARCHS = dict.fromkeys(resnet.ARCHS, {})  # and the rows of RECIPES that each has of its own
 RECIPES = {
-    "imagenet": dict(
-        arch="resnet50", img_size=224, epochs=100, batch_size=512, lr=0.05, wd=1e-4, warmup_epochs=0,
-        bn_groups=1, layers=3, hidden=512, dim=2048, knn_every=10,
-        num_small=6, small_size=96, small_scale=(0.05, 0.14), large_scale=(0.14, 1.0)),
-    "small": dict(
-        arch="resnet18", img_size=32, epochs=200, batch_size=512, lr=0.03, wd=5e-4, warmup_epochs=0,
-        bn_groups=1, layers=2, hidden=512, dim=2048, knn_every=10,
-        num_small=6, small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
-    "demo": dict(
-        arch="tiny", img_size=32, epochs=8, batch_size=64, lr=0.2, wd=1e-4, warmup_epochs=1,
-        bn_groups=1, layers=2, hidden=64, dim=256, knn_every=4,
-        num_small=2, small_size=16, small_scale=(0.08, 0.5), large_scale=(0.14, 1.0)),
+    # flag           imagenet     small        demo         meaning
+    "arch":          ("resnet50", "resnet18",  "tiny",      "any torchvision resnet, or tiny"),
+    "img_size":      (224,        32,          32,          "pixels; up to 64: the CIFAR stem"),
+    "epochs":        (100,        200,         8,           "length of training and schedules"),
+    "batch_size":    (512,        512,         64,          "images per step, of all processes"),
+    "lr":            (0.05,       0.03,        0.2,         "learning rate per 256 images"),
+    "wd":            (1e-4,       5e-4,        1e-4,        "weight decay"),
+    "warmup_epochs": (0.0,        0.0,         1.0,         "linear warm-up of the learning rate"),
+    "bn_groups":     (1,          1,           1,           "virtual devices of BN; 1 is SyncBN"),
+    "layers":        (3,          2,           2,           "linear layers of the projector"),
+    "hidden":        (512,        512,         64,          "width of the predictor"),
+    "dim":           (2048,       2048,        256,         "dimension of the encodings"),
+    "num_small":     (6,          6,           2,           "MultiCrop's small crops"),
+    "small_size":    (96,         16,          16,          "their pixels"),
+    "small_scale":   ((.05, .14), (.08, .5),   (.08, .5),   "their share of the image's area"),
+    "large_scale":   ((.14, 1.0), (.14, 1.0),  (.14, 1.0),  "the large views', beside small ones"),
 }
 
 
-def recipe(args):
-    """The defaults of the flags that were not given."""
-    return RECIPES[args.recipe]
-
-
 def method_flags(flag):
-    flag("--layers", type=number(int, 2), help="linear layers of the projector")
-    flag("--hidden", type=count, help="width of the predictor's hidden layer; the projector's are --dim wide")
-    flag("--dim", type=count, help="dimension of the encodings")
-    flag("--symmetrize", action="store_true", help="the original: the loss of both directions, half the sum")
+    flag("--symmetrize", action="store_true", help="the original: both directions, half the sum")
 
 
-def method_checks(args, images=None):
-    """What cannot work, before any work; and again when the number of images is known."""
+def method_checks(args):
+    """What cannot work, before any work."""
     check_original(args)
 
 
 def augmentations(args):
-    """The recipes of source and target before AsymAug: MoCo v2's for both, without blur on small images."""
+    """Recipes of source and target before AsymAug: MoCo v2's, without blur on small images."""
     both = augment.V2 if args.recipe == "imagenet" else replace(augment.V2, blur=0.0)
     return both, both
 
 
-# ============================================================================== method: model and loss
+# ============================================================================== method: model
 class SimSiam(nn.Module):
-    """Source, target and predictor. One forward() per step is the algorithm at the top of this file."""
-
-    archs = ("tiny",)  # besides torchvision's resnets
+    """Source, target and predictor. One forward() is a step of the algorithm above."""
 
     def __init__(self, args):
         super().__init__()
-        grouped, synced = partial(BatchNorm, groups=args.bn_groups), partial(BatchNorm, groups=1)
         self.symmetrize = args.symmetrize
         self.shuffle = False  # without negatives, batch-mates do not give an image away
+        grouped = partial(BatchNorm, groups=args.bn_groups)
+        synced = partial(BatchNorm, groups=1)
 
-        def encoder(sync):  # AsymBN (Sec. 4.4): SyncBN in one encoder's projector; footnote 4: in all of it
+        def encoder(sync):  # AsymBN (Sec. 4.4): SyncBN in one projector; footnote 4: everywhere
             bn = synced if sync and args.bn_scope == "all" else grouped
-            backbone, width = build_backbone(args, bn, zero_init=True)
-            return Encoder(backbone, projector(args, width, synced if sync else grouped), args.autocast)
+            backbone, width = resnet.build(args.arch, args.img_size, bn, zero_init=True)
+            return Encoder(backbone, projector(args, width, synced if sync else grouped), args.amp)
 
-        self.source, self.target = encoder(args.sync_bn_src), encoder(args.asym_bn)
+        self.source = encoder(args.sync_bn_src)
+        self.target = encoder(args.asym_bn)
         self.target.load_state_dict(self.source.state_dict())
         self.target.requires_grad_(False)
-        self.predictor = predictor(args, grouped)  # small beside a backbone: it stays in float32
+        self.predictor = predictor(args, grouped)  # small beside a backbone: never in bf16
 
     def momentum(self, progress):
         """m at this share of the training: 0; each step begins by cloning the source."""
@@ -120,26 +111,27 @@ class SimSiam(nn.Module):
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images.
 
-        src, tgt: lists of bags. A bag is a list of views (n, 3, s, s) whose encodings are averaged: first the
-        large views (one, or MeanEnc's), then each small crop by itself. generator: draws the shuffle, if any.
-        Returns the loss, a mean over the n images, and the spread of source and target encodings."""
+        src, tgt: bags of views, see plan_views(). m: the target's momentum. generator: unused here.
+        Returns the loss, a mean over the n images, and the spread of both encodings.
+        """
         update_target(self.target, self.source, m)
-        ways = [(src, tgt), (tgt, src)] if self.symmetrize else [(src, tgt)]
-        losses, spreads = zip(*[self.one_way(*way) for way in ways], strict=True)
-        return sum(losses) / len(ways), spreads[0]
+        loss, spreads = self.one_way(src, tgt)
+        if self.symmetrize:
+            loss = (loss + self.one_way(tgt, src)[0]) / 2
+        return loss, spreads
 
     def one_way(self, src, tgt):
-        """Loss and spreads of the source's encodings of src against the target's of tgt."""
-        z = [encode(self.source, bag, track=i == 0) for i, bag in enumerate(src)]  # each (n, d)
-        q = [F.normalize(self.predictor(x)) for x in z]
+        z_src = self.source(src)  # (n, d) for each bag
+        p_src = [F.normalize(self.predictor(z)) for z in z_src]
         with torch.no_grad():
-            k = [F.normalize(encode(self.target, bag, track=i == 0)) for i, bag in enumerate(tgt)]
-        loss = over_crops(self.distance, q, k)
-        return loss, {"std_src": spread(F.normalize(z[0])), "std_tgt": spread(k[0])}
+            z_tgt = [F.normalize(z) for z in self.target(tgt)]
 
-    def distance(self, q, k):
-        """Mean negative cosine of unit vectors q (n, d) and k (n, d)."""
-        return -(q * k).sum(1).mean()
+        loss = over_crops(self.distance, p_src, z_tgt)
+        return loss, {"std_src": spread(F.normalize(z_src[0])), "std_tgt": spread(z_tgt[0])}
+
+    def distance(self, p_src, z_tgt):
+        """Mean negative cosine of unit vectors p_src (n, d) and z_tgt (n, d)."""
+        return -(p_src * z_tgt).sum(1).mean()
 
     @staticmethod
     def chance(args):
@@ -148,10 +140,13 @@ class SimSiam(nn.Module):
 
     @staticmethod
     def optimizer(args, model):
-        """SGD with decay on everything. peak: the learning rate that the schedule scales; the predictor's is
-        constant from the first step on, since it has to keep up with the latest encodings."""
-        groups = [{"params": list(model.source.parameters()), "peak": args.peak_lr},
-                  {"params": list(model.predictor.parameters()), "peak": args.peak_lr, "constant": True}]
+        """SGD with decay on everything. peak: the learning rate that the schedule scales; constant:
+        the predictor's is not, since it has to keep up with the latest encodings."""
+        head = list(model.predictor.parameters())
+        rest = [p for k, p in model.named_parameters() if not k.startswith("predictor.")]
+        rest = [p for p in rest if p.requires_grad]
+        groups = [{"params": rest, "peak": args.peak_lr},
+                  {"params": head, "peak": args.peak_lr, "constant": True}]
         return torch.optim.SGD(groups, lr=args.peak_lr, momentum=0.9, weight_decay=args.wd)
 
 
@@ -170,98 +165,131 @@ Method = SimSiam
 
 # ============================================================================== shared: networks
 class Encoder(nn.Module):
-    """Backbone and projector: (n, 3, s, s) -> (n, d), in float32 whatever autocast does inside."""
+    """Backbone and projector; amp "bf16": under autocast. Encodings have the default precision."""
 
-    def __init__(self, backbone, projector, autocast):
+    def __init__(self, backbone, projector, amp):
         super().__init__()
-        self.backbone, self.projector, self.autocast = backbone, projector, autocast
+        self.backbone, self.projector, self.bf16 = backbone, projector, amp == "bf16"
 
-    def forward(self, x):
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.projector(self.backbone(x)).float()
+    def forward(self, bags, shuffle=None, track=True):
+        """The mean encoding (n, d), not normalised, of each bag's views (n, 3, s, s): a list.
 
+        The first bag holds the large views, encoded jointly; with two or more this is MeanEnc (Sec.
+        4.5). Each further bag holds a small crop (MultiCrop, Sec. 4.1); they go through in one
+        pass. shuffle: a generator that draws other batch-mates for BN. track: whether the large
+        views move BN's running statistics.
+        """
+        large, *small = bags
+        encodings = [self.encode(large, 1, shuffle, track).mean(0)]
+        if small:
+            crops = [crop for [crop] in small]
+            encodings += self.encode(crops, len(crops), shuffle, track=False).unbind()
+        return encodings
 
-def build_backbone(args, bn, zero_init=False):
-    """A torchvision ResNet without classifier, and its features' width. Up to 64 px it has the CIFAR stem:
-    a 3 x 3 convolution, no max-pool. tiny, for the demo: that stem and four blocks of 16 to 128 channels.
-    zero_init: the last BN of each residual block begins at 0."""
-    if args.arch == "tiny":
-        net, width = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=bn), 128
-        net.inplanes, net.bn1 = 16, bn(16)
-        for i in range(4):
-            setattr(net, f"layer{i + 1}", net._make_layer(BasicBlock, 16 * 2**i, 1, stride=2 if i else 1))
-    else:
-        net = torchvision.models.get_model(args.arch, weights=None, norm_layer=bn)
-        width = net.fc.in_features
-    if args.arch == "tiny" or args.img_size <= 64:
-        net.conv1 = nn.Conv2d(3, net.bn1.num_features, 3, padding=1, bias=False)
-        net.maxpool = nn.Identity()
-    for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-    for block in (m for m in net.modules() if zero_init and isinstance(m, BasicBlock | Bottleneck)):
-        nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
-    net.fc = nn.Identity()
-    return net, width
+    def encode(self, views, parts, shuffle, track):
+        """Encodings (v, n, d) of v views (n, 3, s, s). parts: so many that do not meet in BN."""
+        for bn in self.modules():
+            bn.parts, bn.track = parts, track  # which BatchNorm heeds
+
+        x = torch.cat(views)  # view k of image i at k n + i
+        if shuffle is not None:  # among the images of all processes, each part by itself
+            size = len(x) * world_size() // parts
+            orders = [k * size + torch.randperm(size, generator=shuffle) for k in range(parts)]
+            order = torch.cat(orders).to(x.device)
+            x = gather(x)[order[mine()]]
+
+        x = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)  # row i parts + k: part k
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            z = self.projector(self.backbone(x)).to(torch.get_default_dtype())
+        z = z.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)
+
+        if shuffle is not None:
+            z = gather(z)[order.argsort()[mine()]]
+        return z.unflatten(0, (len(views), -1))
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm on virtual devices, for (n, c) and (n, c, h, w). Image i of the global batch is normalised
-    with the images of group i mod G, however many processes there are; G = 1 is SyncBN. State dict of
-    nn.BatchNorm2d. Running statistics: means over this process's groups; sync_buffers() over processes."""
+    """BatchNorm on virtual devices, for (n, c) and (n, c, h, w). Image i of the global batch is
+    normalised with those of group i mod G, on any number of processes; G = 1 is SyncBN. With parts,
+    row i is of part i mod parts, each with statistics of its own. Running statistics: means over
+    this process's groups; sync_buffers() takes the mean over processes."""
 
     def __init__(self, features, groups=1, affine=True):
         super().__init__(features, affine=affine)
-        self.groups, self.track = groups, True
+        self.groups, self.parts, self.track = groups, 1, True
 
     def forward(self, x):
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        if self.groups == 1 and world_size() > 1:
-            return self.synchronised(x)
-        g, c = max(1, self.groups // world_size()), self.num_features  # a process holds whole groups
-        stats = (self.running_mean.repeat(g), self.running_var.repeat(g)) if self.track else (None, None)
-        weight, bias = (None if p is None else p.repeat(g) for p in (self.weight, self.bias))
-        groups_as_channels = x.reshape(len(x) // g, g * c, *x.shape[2:])
-        y = F.batch_norm(groups_as_channels, *stats, weight, bias, True, self.momentum, self.eps)
+            return F.batch_norm(x, mean, var, weight, bias, eps=self.eps)
+
+        norm = SyncNorm.apply if self.groups == 1 and world_size() > 1 else F.batch_norm
+        settings = True, self.momentum if self.track else 0.0, self.eps
+        g = self.parts * max(1, self.groups // world_size())  # a process holds whole groups
+        if g == 1:
+            return norm(x, mean, var, weight, bias, *settings)
+
+        means, variances = mean.repeat(g), var.repeat(g)
+        if self.affine:
+            weight, bias = weight.repeat(g), bias.repeat(g)
+        groups_as_channels = x.reshape(len(x) // g, -1, *x.shape[2:])
+        y = norm(groups_as_channels, means, variances, weight, bias, *settings)
         if self.track:
-            self.remember(*(stat.view(g, c).mean(0) for stat in stats))
-        # no view, of which the ReLU in place that follows would make a copy; BN's gradient does not need y
+            mean.copy_(means.view(g, -1).mean(0))
+            var.copy_(variances.view(g, -1).mean(0))
+        # no view, of which the ReLU in place that follows would make a copy
         return torch.ops.aten._unsafe_view(y, x.shape)
 
-    def synchronised(self, x):
-        axes, shape = [0, *range(2, x.ndim)], (1, -1) + (1,) * (x.ndim - 2)
-        n = x.numel() // self.num_features * world_size()
-        mean = SumOverProcesses.apply(x.float().sum(axes)) / n
-        centred = x.float() - mean.view(shape)
-        var = SumOverProcesses.apply(centred.square().sum(axes)) / n
-        y = centred * (var + self.eps).rsqrt().view(shape)
-        if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
-        if self.track:
-            self.remember(self.running_mean.lerp(mean.detach(), self.momentum),
-                          self.running_var.lerp(var.detach() * n / (n - 1), self.momentum))
-        return y.to(x.dtype)
 
-    def remember(self, mean, var):
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(var)
-        self.num_batches_tracked.add_(1)
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """all_reduce with its gradient: a process's addend gets the gradients of all processes' losses."""
+class SyncNorm(torch.autograd.Function):
+    """F.batch_norm over the x of all processes, equally many from each, by torch's own kernels: one
+    exchange forward, one backward. Backward needs x and two statistics for each channel."""
 
     @staticmethod
-    def forward(ctx, x):
-        return all_sum(x)
+    def forward(ctx, x, running_mean, running_var, weight, bias, training, momentum, eps):
+        one, zero = torch.ones_like(running_mean), torch.zeros_like(running_mean)
+        _, mean, invstd = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, eps)
+        means, variances = gather(torch.stack([mean, invstd**-2 - eps])[None]).unbind(1)
+        mean = means.mean(0)
+        var = variances.mean(0) + means.var(0, correction=0)
+
+        ctx.n, ctx.eps = x.numel() // x.shape[1] * world_size(), eps
+        ctx.save_for_backward(x, weight, mean, var)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * ctx.n / (ctx.n - 1), momentum)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
     def backward(ctx, grad):
-        return all_sum(grad)
+        x, weight, mean, var = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
+
+        # That held mean and var constant. They move with x, which takes from dx a constant and a
+        # multiple of x - mean.
+        invstd = (var + ctx.eps).rsqrt()
+        constant, slope = all_sum(torch.stack([dbias, dweight])) * invstd / ctx.n
+        if weight is not None:
+            constant, slope = constant * weight, slope * weight
+        slope = slope * invstd
+        shape = 1, -1, *[1] * (x.ndim - 2)
+        dx = torch.addcmul(dx, x, slope.to(x.dtype).view(shape), value=-1)
+        dx -= (constant - slope * mean).to(x.dtype).view(shape)
+
+        dweight, dbias = (dweight, dbias) if weight is not None else (None, None)
+        return dx, None, None, dweight, dbias, None, None, None
+
+
+def sync_buffers(model):
+    """Makes running statistics means over processes; linear in the batches, so any time will do."""
+    for bn in model.modules():
+        if isinstance(bn, BatchNorm):
+            for stat in (bn.running_mean, bn.running_var):
+                stat.copy_(all_sum(stat) / world_size())
 
 
 def all_sum(x):
-    """Sum over processes, as a new tensor; without gradient."""
+    """Sum over processes, as a new tensor without gradient."""
     x = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(x)
@@ -272,9 +300,10 @@ def all_sum(x):
 def gather(x):
     """The global batch (N, ...), in its order, from each process's (n, ...); without gradient."""
     if world_size() == 1:
-        return x.detach()
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
+        return x
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x)
     return torch.stack(parts, 1).flatten(0, 1)
 
 
@@ -283,165 +312,109 @@ def mine():
     return slice(rank(), None, world_size())
 
 
-def sync_buffers(model):
-    """Running statistics become means over processes. They are linear in the batches, so any time will do."""
-    for bn in (m for m in model.modules() if isinstance(m, BatchNorm)):
-        for stat in (bn.running_mean, bn.running_var):
-            stat.copy_(all_sum(stat) / world_size())
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier():
+    all_sum(torch.zeros(1))
 
 
 # ============================================================================== shared: heads
 def mlp(sizes, bn, last=(), bias=False, last_bias=False):
-    """Linear layers of these sizes with BN and ReLU between them: (n, sizes[0]) -> (n, sizes[-1]). last:
-    modules after the last one. bias: of the layers before a BN, which cancels it; last_bias: of the last."""
+    """Linear layers of these sizes with BN and ReLU between them: (n, sizes[0]) -> (n, sizes[-1]).
+    last: modules after the last one. bias: of the layers before a BN, which cancels it; last_bias:
+    of the last."""
     layers = []
     for width, next_width in zip(sizes[:-2], sizes[1:-1], strict=True):
         layers += [nn.Linear(width, next_width, bias=bias), bn(next_width), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], bias=last_bias), *last)
 
 
-# ============================================================================== shared: target update
-@torch.no_grad()
-def update_target(target, source, m):
-    """theta_t = m theta_t + (1 - m) theta_s. Parameters only: BN statistics come from the target's batches.
-    m = 0 makes the target a clone of the source as it stands before this step."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - m)
-
-
-def encode(encoder, views, shuffle=None, track=True):
-    """Encodes a list of views (n, 3, s, s) jointly and averages the raw outputs: (n, d). MeanEnc (Sec. 4.5)
-    if they are two or more. shuffle, a generator: all processes' views are permuted as one pool, then back,
-    so that an image's batch-mates in BN are not those of the source. track: BN keeps running statistics."""
-    for bn in (m for m in encoder.modules() if isinstance(m, BatchNorm)):
-        bn.track = track
-    x = torch.cat(views)
-    if shuffle is None:
-        z = encoder(x)
-    else:
-        order = torch.randperm(len(x) * world_size(), generator=shuffle).to(x.device, non_blocking=True)
-        z = gather(encoder(gather(x)[order[mine()]]))[order.argsort()[mine()]]
-    return z.view(len(views), -1, z.shape[1]).mean(0)
-
-
-def over_crops(loss, q, k):
-    """MultiCrop's weights (Sec. 4.1). An encoder's crops are one group, the large, or two, large and small;
-    in a group all weigh the same. On the source, as published: the sum over groups. On the target or on both,
-    our choice: for each of the source's groups the mean over the target's."""
-    def groups(crops):
-        return [crops[:1], crops[1:]] if len(crops) > 1 else [crops]
-
-    def mean(values):
-        return sum(values) / len(values)
-
-    return sum(mean([mean([loss(u, v) for u in us for v in vs]) for vs in groups(k)]) for us in groups(q))
-
-
-def spread(z):
-    """Standard deviation per channel of unit vectors z (n, d) over the global batch, times sqrt(d): near 1 if
-    they fill the sphere, 0 if they have collapsed."""
-    n, z = len(z) * world_size(), z.detach()
-    centred = z - all_sum(z.sum(0)) / n
-    return (all_sum(centred.square().sum(0)) / (n - 1)).sqrt().mean() * z.shape[1] ** 0.5
-
-
-# ============================================================================== shared: the original methods
-DESIGNS_OFF = dict(
-    multicrop_src=False, multicrop_tgt=False, scalemix_src=False, scalemix_tgt=False, aug_src="base",
-    aug_tgt="base", asym_aug=False, asym_bn=False, sync_bn_src=False, mean_enc=1, mean_enc_src=1)
-
-
-def check_original(args):
-    """--symmetrize is the method as it was before the paper: views swap sides, so no side has a design."""
-    given = {name for name, off in DESIGNS_OFF.items() if getattr(args, name) != off}
-    given -= {"aug_tgt"} if args.asym_aug else set()
-    check(not (args.symmetrize and given),
-          f"--symmetrize is the original method, without designs; drop it, or {dashed(given)}")
-
-
-# ============================================================================== shared: views
-@dataclass(frozen=True)
-class View:
-    recipe: augment.Recipe
-    crop: data.Crop
-    mix: bool  # ScaleMix
-
-
+# ============================================================================== shared: a step
 def plan_views(args):
-    """What source and target see: for each a list of bags, the views in a bag to be averaged."""
+    """What source and target see: for each a list of bags, a bag being views whose encodings are
+    averaged. The first bag holds the large views: one, or MeanEnc's. Each small crop is a bag."""
     change = {"base": lambda recipe: recipe, "weak": augment.weak, "strong": augment.strong}
     src = args.aug_src, args.scalemix_src, args.mean_enc_src, args.multicrop_src
     tgt = args.aug_tgt, args.scalemix_tgt, args.mean_enc, args.multicrop_tgt
     plan = []
     for base, (aug, mix, n, multicrop) in zip(augmentations(args), (src, tgt), strict=True):
         recipe = change[aug](base)  # AsymAug (Sec. 4.3)
-        multicropped = (args.multicrop_src or args.multicrop_tgt) and aug != "weak"
-        scale = tuple(args.large_scale) if multicropped else recipe.scale
-        large = View(recipe, data.Crop(args.img_size, scale, recipe.bicubic), mix)  # ScaleMix (Sec. 4.2)
-        small = View(base, data.Crop(args.small_size, tuple(args.small_scale), base.bicubic), False)
-        plan.append([[large] * n] + [[small]] * args.num_small * multicrop)  # MeanEnc (4.5), MultiCrop (4.1)
+        if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":
+            recipe = replace(recipe, scale=tuple(args.large_scale))
+        bags = [[View(recipe, args.img_size, mix)] * n]  # ScaleMix (Sec. 4.2), MeanEnc (Sec. 4.5)
+        if multicrop:  # MultiCrop (Sec. 4.1)
+            small = replace(base, scale=tuple(args.small_scale))
+            bags += [[View(small, args.small_size)]] * args.num_small
+        plan.append(bags)
     return plan
 
 
-def planned_crops(plan):
-    """The crops that the plan needs, in order: two for a ScaleMix view."""
-    return [view.crop for bags in plan for bag in bags for view in bag for _ in range(1 + view.mix)]
+@torch.no_grad()
+def update_target(target, source, m):
+    """theta_t = m theta_t + (1 - m) theta_s. Parameters only: BN statistics are the target's own.
+    m = 0 makes the target a clone of the source as it stands before this step."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - m)
 
 
-def make_views(plan, crops, total, generator, stats, part=None):
-    """This process's crops, each (n, 3, s, s), as views, arranged as in the plan. Parameters are drawn for
-    the global batch of total images, of which part is here, by default this process's share. stats: mean and
-    standard deviation of the data."""
-    crops, (mean, std), part = iter(crops), map(torch.tensor, stats), part or mine()
+def over_crops(loss, z_src, z_tgt):
+    """The loss over all pairs of a source's and a target's bag. MultiCrop's weights (Sec. 4.1): the
+    small crops together count as much as the large views. For the source the sum, as published;
+    for the target the mean, our choice."""
+    def weights(z):
+        large, *small = z
+        return [1.0] + [1 / len(small) for _ in small]
 
-    def make(view, mix):
-        params = {k: v[part] for k, v in augment.draw(view.recipe, total, generator).items()}
-        first = augment.augment(next(crops), view.recipe, params, mean, std)
-        if not mix:
-            return first
-        boxes = augment.scalemix_boxes(total, view.crop.size, generator)[part]
-        return augment.scalemix(first, make(view, False), boxes)
-
-    return [[[make(view, view.mix) for view in bag] for bag in bags] for bags in plan]
+    total = 0
+    for w_src, u in zip(weights(z_src), z_src, strict=True):
+        for w_tgt, v in zip(weights(z_tgt), z_tgt, strict=True):
+            total = total + w_src * w_tgt / sum(weights(z_tgt)) * loss(u, v)
+    return total
 
 
-def show_views(args, plan, images):
-    """A picture with a row per image: the source's views, a white column, the target's."""
-    rows, edge, columns = torch.arange(min(8, len(images))), args.img_size, []
-    mean, std = (torch.tensor(s).view(3, 1, 1) for s in images.stats)
-    crops, _ = next(data.stream(images, planned_crops(plan), [(0, rows)], args.seed, 0, 1, 0, "cpu"))
-    sides = make_views(plan, crops, len(rows), rng(args.seed, "views", 0), images.stats, slice(None))
-    for seen in sides:
-        for x in sum(seen, []):
-            x = (x * std + mean).clamp(0, 1)
-            columns.append(F.pad(x, (0, edge - x.shape[3]) * 2, value=1.0))
-        columns.append(torch.ones(len(rows), 3, edge, edge))
-    tiles = torch.stack(columns[:-1], 1).flatten(0, 1)
-    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // edge))
-    try:
-        torchvision.utils.save_image(tiles, args.show_views, nrow=len(columns) - 1, pad_value=1.0)
-    except (OSError, ValueError) as e:  # no such folder; no such format
-        stop(f"--show-views {args.show_views}: {reason(e)}")
+def spread(z):
+    """Standard deviation per channel of unit vectors z (n, d) over the global batch, times sqrt(d):
+    near 1 if they fill the sphere, 0 if they have collapsed."""
+    n, z = len(z) * world_size(), z.detach()
+    centred = z - all_sum(z.sum(0)) / n
+    return (all_sum(centred.square().sum(0)) / (n - 1)).sqrt().mean() * z.shape[1] ** 0.5
 
 
-# ============================================================================== shared: schedules
 def lr_factor(step, total, warmup):
-    """The learning rate's share of its peak at step (from 0): linear from 0, then half a cosine to 0."""
+    """The rate's share of its peak at step (from 0): linear from 0, then half a cosine to 0."""
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+# ============================================================================== shared: original
+def check_original(args):
+    """--symmetrize is the method before the paper: views swap sides, so no side has a design."""
+    off = {"aug_src": "base", "aug_tgt": "base", "mean_enc": 1, "mean_enc_src": 1,
+           "multicrop_src": False, "multicrop_tgt": False, "scalemix_src": False,
+           "scalemix_tgt": False, "asym_bn": False, "sync_bn_src": False}
+    given = [name.replace("_", "-") for name in off if getattr(args, name) != off[name]]
+    check(not args.symmetrize or not given,
+          f"--symmetrize is the original, without designs; drop it, or --{' --'.join(given)}")
+
+
 # ============================================================================== shared: flags
-METHOD, FORMAT = Path(__file__).stem, 2  # FORMAT: of last.pt
+METHOD = Path(__file__).stem
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-MAY_DIFFER = {"out", "overwrite", "nproc", "workers", "device", "steps", "log_every", "save_every",
-              "knn_every", "show_views", "dry_run", "data_root", "download", "strict_images"}  # on resuming
+MAY_DIFFER = {  # between a run and its continuation
+    "code", "data", "data_root", "device", "download", "dry_run", "knn_every", "log_every", "nproc",
+    "out", "overwrite", "save_every", "show_views", "steps", "torch", "workers"}
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number in [low, high]."""
+def number(kind, low, high=2**31 - 1):
+    """An argparse type: a number in [low, high]."""
     def parse(text):
-        if not low <= kind(text) <= high or kind(text) == math.inf:
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return kind(text)
 
@@ -449,604 +422,440 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-count, share = number(int, 1, 2**31 - 1), number(float, 0, 1)
+positive, whole = number(int, 1), number(int, 0)
+amount, fraction = number(float, 0), number(float, 0, 1)
 
 
-def make_parser():
+def parse_args(argv=None):
     p = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: stop(f"{message}; --help lists the flags")
-    flag = p.add_argument_group("data and recipe (defaults: the recipe's, a table in this file)").add_argument
-    flag("--data", default="demo", help=f"{', '.join(data.NAMES)}, or a folder (see README)")
-    flag("--data-root", default="data", metavar="DIR", help="where torchvision's data sets are, or go")
-    flag("--download", action="store_true", help="let torchvision download the data set")
-    flag("--strict-images", action="store_true", help="stop at an unreadable image instead of replacing it")
-    flag("--recipe", choices=RECIPES, help="default: demo for demo, small for small sets, else imagenet")
-    flag("--arch", help=f"any torchvision resnet, or {' '.join(Method.archs)}")
-    flag("--img-size", type=count, help="pixels of the large views; up to 64, resnets get the CIFAR stem")
-    flag("--epochs", type=count, help="length of training and of its schedules")
-    flag("--steps", type=count, help="stop after that many, on the schedule of --epochs")
-    flag("--batch-size", type=count, help="images per step, of all processes together")
-    flag("--lr", type=number(float, 0), help="learning rate per 256 images; scaled by batch size / 256")
-    flag("--wd", type=number(float, 0), help="weight decay")
-    flag("--warmup-epochs", type=number(float, 0), help="linear warm-up of the learning rate")
-    flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
-    flag("--workers", type=number(int, 0, 1000), help="loader processes of each process; default: up to 8")
-    flag("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
-    flag("--bn-groups", type=count, metavar="G", help="virtual devices of BatchNorm; 1 is SyncBN")
-    method_flags(p.add_argument_group("method").add_argument)
+    p.error = lambda message: check(False, f"{message}; --help lists the flags")
+    flag = p.add_argument_group("recipe (defaults of imagenet, small and demo)").add_argument
+    flag("--recipe", choices=("imagenet", "small", "demo"), help="default: by the images' size")
+    for name, (*defaults, meaning) in RECIPES.items():
+        kind = {int: positive, float: amount, tuple: fraction, str: str}[type(defaults[0])]
+        flag("--" + name.replace("_", "-"), type=kind, nargs=2 if kind is fraction else None,
+             metavar="X", help=f"{meaning} ({', '.join(map(str, defaults))})")
+    method_flags(flag)
+
     flag = p.add_argument_group("asymmetric designs").add_argument
     for side, name in (("src", "source"), ("tgt", "target")):
-        flag(f"--multicrop-{side}", action="store_true", help=f"MultiCrop on the {name} (Sec. 4.1)")
-        flag(f"--scalemix-{side}", action="store_true", help=f"ScaleMix on the {name} (Sec. 4.2)")
-        flag(f"--aug-{side}", choices=("base", "weak", "strong"), help=f"augmentation, {name} (Sec. 4.3)")
-    flag("--asym-aug", action="store_true", help="AsymAug: --aug-tgt weak (Sec. 4.3)")
-    flag("--asym-bn", action="store_true", help="AsymBN: SyncBN in the target's projector (Sec. 4.4)")
-    flag("--sync-bn-src", action="store_true", help="SyncBN in the source's projector (Sec. 4.4)")
-    flag("--bn-scope", choices=("projector", "all"), default="projector", help="all: backbone too (fn. 4)")
-    flag("--mean-enc", type=count, default=1, metavar="N", help="MeanEnc: mean of N target views (Sec. 4.5)")
-    flag("--mean-enc-src", type=count, default=1, metavar="N", help="mean of N source views (Sec. 4.5)")
-    flag("--num-small", type=count, help="MultiCrop's small crops")
-    flag("--small-size", type=count, help="their pixels")
-    flag("--small-scale", type=share, nargs=2, metavar="S", help="their share of the area, from and to")
-    flag("--large-scale", type=share, nargs=2, metavar="S", help="large crops', if not weak, with MultiCrop")
-    flag = p.add_argument_group("run").add_argument
-    flag("--out", metavar="DIR", help="default: runs/METHOD-DATA-FLAGS; the same command again resumes")
+        flag(f"--multicrop-{side}", action="store_true", help=f"MultiCrop, {name} (Sec. 4.1)")
+        flag(f"--scalemix-{side}", action="store_true", help=f"ScaleMix, {name} (Sec. 4.2)")
+        flag(f"--aug-{side}", choices=("base", "weak", "strong"), default="base",
+             help=f"augmentation, {name} (Sec. 4.3)")
+    flag("--asym-aug", dest="aug_tgt", action="store_const", const="weak", help="--aug-tgt weak")
+    flag("--asym-bn", action="store_true", help="SyncBN in the target's projector (Sec. 4.4)")
+    flag("--sync-bn-src", action="store_true", help="SyncBN in the source's projector")
+    flag("--bn-scope", choices=("projector", "all"), default="projector", help="(footnote 4)")
+    flag("--mean-enc", type=positive, default=1, help="mean of so many target views (Sec. 4.5)")
+    flag("--mean-enc-src", type=positive, default=1, help="mean of so many source views")
+
+    flag = p.add_argument_group("data and run").add_argument
+    flag("--data", default="demo", help=f"{', '.join(data.NAMES)}, FILE.npz, or a folder")
+    flag("--data-root", default="data", help="where torchvision's data sets are, or go")
+    flag("--download", action="store_true", help="let torchvision download the data set")
+    flag("--init", metavar="FILE", help="start the backbone from weights in torchvision's names")
+    flag("--out", help="default: runs/METHOD-DATA-FLAGS; the same command again resumes")
     flag("--overwrite", action="store_true", help="start again instead")
-    flag("--nproc", type=count, default=1, help="start that many processes on this machine (or use torchrun)")
-    flag("--knn-every", type=count, metavar="EPOCHS", help="kNN accuracy and the encodings' variances")
-    flag("--save-every", type=count, default=1, metavar="EPOCHS", help="last.pt and the backbones")
-    flag("--log-every", type=count, default=20, metavar="STEPS", help="log.jsonl and the progress line")
+    flag("--steps", type=positive, help="stop after that many, on the schedule of --epochs")
+    flag("--seed", type=whole, default=0, help="of everything random")
+    flag("--nproc", type=positive, default=1, help="processes to start here (or use torchrun)")
+    flag("--workers", type=whole, help="loader processes of each process; default: up to 8")
+    flag("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one")
+    flag("--amp", choices=("auto", "off", "bf16"), default="auto", help="mixed precision")
+    flag("--knn-every", type=whole, default=10, metavar="EPOCHS", help="kNN, variances; 0: never")
+    flag("--save-every", type=positive, default=1, metavar="EPOCHS", help="last.pt, backbone.pth")
+    flag("--log-every", type=positive, default=20, metavar="STEPS", help="log.jsonl, terminal")
     flag("--show-views", metavar="FILE.png", help="draw what source and target see, and exit")
     flag("--dry-run", action="store_true", help="print sizes, steps and learning rate, and exit")
-    return p
-
-
-def parse_args(argv):
-    p = make_parser()
     args = p.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if v != p.get_default(k)}
-    empty = [k for k, v in given.items() if v == []]  # what argparse makes of --lr=--
-    check(not empty, f"{dashed(empty)}: -- is no value; give one, or leave the flag out")
-    multicrop, sync_bn = args.multicrop_src or args.multicrop_tgt, args.asym_bn or args.sync_bn_src
-    useless = {"num_small", "small_size", "small_scale", "large_scale"} & given.keys()
-    check(multicrop or not useless, f"{dashed(useless)}: no --multicrop-src or --multicrop-tgt to act on")
-    check(sync_bn or args.bn_scope == "projector", "--bn-scope: no --asym-bn or --sync-bn-src to act on")
-    check(not args.asym_aug or args.aug_tgt in (None, "weak"), "--asym-aug is --aug-tgt weak; drop one")
-    args.aug_src, args.aug_tgt = args.aug_src or "base", args.aug_tgt or ("weak" if args.asym_aug else "base")
-    by_data = "demo" if args.data == "demo" else "small" if args.data in data.NAMES else "imagenet"
-    args.recipe, args.knn_asked = args.recipe or by_data, "knn_every" in given
-    if args.workers is None:
-        args.workers = min(8, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))))
-    for name, value in recipe(args).items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    given = {k: "_".join(map(str, v)) if isinstance(v, list) else v for k, v in given.items()}
-    parts = [k if v is True else f"{k}={v}" for k, v in given.items() if k not in MAY_DIFFER | {"data"}]
-    args.out = args.out or "-".join(["runs/" + METHOD, Path(args.data).resolve().name, *parts])
+
+    if args.out is None:
+        args.out = f"runs/{METHOD}-{Path(args.data).resolve().stem}"
+        for name, value in sorted(vars(args).items()):
+            if value != p.get_default(name) and name not in MAY_DIFFER:
+                value = "_".join(map(str, value)) if isinstance(value, list) else value
+                args.out += f"-{name}={value}".replace("=True", "").replace("/", "_")
+    if args.recipe is None:
+        small = data.image_size(args.data, args.data_root) <= 64
+        args.recipe = "demo" if args.data == "demo" else "small" if small else "imagenet"
+    column = ("imagenet", "small", "demo").index(args.recipe)
+    for name, row in (RECIPES | ARCHS.get(args.arch, {})).items():
+        if getattr(args, name) is None:
+            setattr(args, name, row[column])
+    args.peak_lr = args.lr * args.batch_size / 256
     return args
 
 
-def check_flags(args, world):
+def check_flags(args):
     """What cannot work, before any work."""
-    n, g = args.batch_size, args.bn_groups
-    check(n % world == 0, f"--batch-size {n} does not divide among {world} processes; use {near(n, world)}")
+    check_launch(args)
+    world, n, g = int(os.environ.get("WORLD_SIZE", args.nproc)), args.batch_size, args.bn_groups
+    unit = math.lcm(g, world)
+    near = [str(k * unit) for k in (n // unit, n // unit + 1) if k * unit > g]
     check(g == 1 or g % world == 0,
-          f"--bn-groups {g} does not divide among {world} processes; use {near(g, world)}, or 1 (SyncBN)")
-    check(n % g == 0, f"--batch-size {n} does not make {g} BN groups; use {near(n, math.lcm(g, world))}")
-    check(n > g, f"--batch-size {n} leaves one image in each of {g} BN groups; use {2 * g} or more")
-    check(g > 1 or not (args.asym_bn or args.sync_bn_src), "--asym-bn and --sync-bn-src change nothing with "
-          "one BN group, which is SyncBN already; add --bn-groups 8, and compare with --bn-groups 8 alone")
-    least = 8 if args.arch == "tiny" or args.img_size <= 64 else 32
-    multicrop = args.multicrop_src or args.multicrop_tgt
-    smallest = min(args.img_size, args.small_size if multicrop else args.img_size)
-    check(smallest >= least, f"views of {smallest} px are too small for {args.arch}; use {least} px or more")
-    known = [*Method.archs, *torchvision.models.list_models(torchvision.models, include="*resne*")]
-    check(args.arch in known, f"--arch {args.arch} is unknown; use one of {' '.join(known)}")
+          f"--bn-groups {g} does not divide among {world} processes; use {world}, or 1 (SyncBN)")
+    check(n % unit == 0 and n > g, f"--batch-size {n} does not divide among {world} processes and "
+          f"{g} BN groups of two images or more; use {' or '.join(near)}")
+    check(g > 1 or not (args.asym_bn or args.sync_bn_src), "--asym-bn and --sync-bn-src change "
+          "nothing with one BN group, which is SyncBN; add --bn-groups 8 to both runs you compare")
+    check(args.warmup_epochs < args.epochs,
+          f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
     for low, high in (args.small_scale, args.large_scale):
-        check(0 < low <= high, f"crops of {low} to {high} of the area: give two shares, the smaller first")
-    (kind, _, i), local = args.device.partition(":"), int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc))
-    check(args.device in ("cpu", "cuda", "mps") or kind == "cuda" and i.isdecimal(),
-          f"--device {args.device} is unknown; use cpu, cuda, cuda:N or mps")
-    cuda, gpus = kind == "cuda", torch.cuda.device_count()
-    check(not cuda or max(local, int(i or 0) + 1) <= gpus, f"--device {args.device}, {local} process(es): "
-          f"torch sees {gpus or 'no'} GPU; start fewer, or use --device cpu")
-    check(kind != "mps" or torch.backends.mps.is_available() and world == 1,
-          "--device mps: not available, or more than one process; use --device cpu")
-    check(cuda or args.amp != "fp16", f"--amp fp16 does not work on {args.device}; use --amp bf16 or off")
+        check(0 < low <= high, f"crops of {low} to {high} of the area: give FROM and TO")
+    check(args.arch in ARCHS, f"--arch {args.arch} is unknown; use one of {' '.join(ARCHS)}")
     method_checks(args)
 
 
+def check_launch(args):
+    """Processes and devices; fills in --device and --workers."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc)), torch.cuda.device_count()
+    check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other")
+    args.device = args.device or ("cuda" if gpus else "cpu")
+    check(args.device != "cuda" or here <= gpus,
+          f"{here} process(es) here and {gpus} GPU(s): start fewer, or use --device cpu")
+    if args.workers is None:
+        args.workers = min(8, max(1, CORES // here))
+
+
 def check(good, message):
+    """Ends the program with one line in place of a traceback, from one process of each node."""
     if not good:
-        stop(message)
-
-
-def near(n, k):
-    """The multiples of k next to n."""
-    return " or ".join(str(k * m) for m in (n // k, n // k + 1) if m)
-
-
-def dashed(names):
-    return " ".join("--" + name.replace("_", "-") for name in sorted(names))
-
-
-def stop(message, code=2):
-    """Ends this process; the first of each node says why."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        speak("stderr", f"{METHOD}: {message}")
-    raise SystemExit(code)
-
-
-def say(message, end="\n"):
-    if rank() == 0:
-        speak("stdout", message, end)
-
-
-def speak(stream, message, end="\n"):
-    try:
-        print(message, end=end, file=getattr(sys, stream), flush=True)
-    except OSError:  # nobody reads, or the disk is full: log.jsonl has the numbers
-        setattr(sys, stream, open(os.devnull, "w"))
-
-
-# ============================================================================== shared: training
-def global_batches(n, batch, seed, first, last):
-    """(step, rows of the global batch), first <= step < last: a permutation per epoch, its rest dropped."""
-    for step in range(first, last):
-        epoch, i = divmod(step, n // batch)
-        if step == first or i == 0:
-            order = torch.randperm(n, generator=rng(seed, "order", epoch))
-        yield step, order[i * batch : (i + 1) * batch]
-
-
-def train(args, run, model, optimizer, scaler, images, bank, queries, device):
-    plan, batch, epoch = plan_views(args), args.batch_size, len(images) // args.batch_size
-    total, warmup, net = args.epochs * epoch, args.warmup_epochs * epoch, model
-    last = min(total, args.steps or total)
-    if world_size() > 1:  # buffers are ours to synchronise; torch 2.14 renamed the switch
-        switches = inspect.signature(DistributedDataParallel.__init__).parameters
-        switch = "forward_sync_buffers" if "forward_sync_buffers" in switches else "broadcast_buffers"
-        net = DistributedDataParallel(model, **{switch: False})
-    if run.step == 0:
-        run.log({"step": 0, "epoch": 0, **measure(args, run, model, plan, images, bank, queries, device)})
-    batches = global_batches(len(images), batch, args.seed, run.step, last)
-    crops_of = partial(data.stream, images, planned_crops(plan))
-    stream = crops_of(batches, args.seed, rank(), world_size(), args.workers, device)
-    clock, waited, since, scale = time.time(), 0.0, run.step, scaler.get_scale()
-    for step in range(run.step, last):
-        asked = time.time()
-        crops, unreadable = next(stream)
-        waited, run.bad = waited + time.time() - asked, run.bad + len(unreadable)
-        report(args, unreadable)
-        generator = rng(args.seed, "views", step)
-        src, tgt = make_views(plan, crops, batch, generator, images.stats)
-        factor, m = lr_factor(step, total, warmup), model.momentum(step / total)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * (1 if group.get("constant") else factor)
-        loss, spreads = net(src, tgt, m, generator)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-
-        done, ends_epoch = step + 1, (step + 1) % epoch == 0
-        logs = done <= 10 or done % args.log_every == 0 or ends_epoch or done == last
-        if logs:  # the only steps that wait for the device
-            scaler.unscale_(optimizer)
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads).item()  # if not finite, fp16's scaler skips the step
-            entry = {"step": done, "epoch": done / epoch, "loss": (all_sum(loss) / world_size()).item(),
-                     "chance": Method.chance(args), "lr": args.peak_lr * factor, "m": m,
-                     **{k: v.item() for k, v in spreads.items()},
-                     "grad_norm": norm if math.isfinite(norm) else None, "mem_gb": memory(device)}
-            check(math.isfinite(entry["loss"]) and (math.isfinite(norm) or scaler.is_enabled()),
-                  f"step {done}: loss {entry['loss']}, norm of the gradient {norm}; --lr too big? fp16 (try "
-                  "bf16)? last.pt is as before")
-        scaler.step(optimizer)
-        scaler.update()
-        run.skipped, scale = run.skipped + (scaler.get_scale() < scale), scaler.get_scale()
-        check(scale > 1e-3, f"step {done}: fp16 skips all steps, as gradients overflow at any scale; use "
-              "--amp bf16, or a smaller --lr. last.pt is as before")
-        run.step, signalled = done, run.signalled()
-        if logs:
-            seconds, clock = time.time() - clock, time.time()
-            entry |= {"img_s": (done - since) * batch / seconds, "data_frac": waited / seconds,
-                      "eta_s": (last - done) * seconds / (done - since), "skipped": run.skipped}
-            waited, since = 0.0, done
-            if min(entry["std_src"], entry["std_tgt"]) < 0.1:
-                say(f"warning: the encodings have nearly collapsed (std {entry['std_src']:.3f} and "
-                    f"{entry['std_tgt']:.3f}; healthy: near 1); is --lr too large, or the batch too small?")
-            if ends_epoch and done // epoch % args.knn_every == 0 or done == last:
-                entry |= measure(args, run, model, plan, images, bank, queries, device)
-                clock = time.time()
-            run.log(entry | {"bad_images": all_sum(torch.tensor(run.bad)).item()})
-        if ends_epoch and done // epoch % args.save_every == 0 or done == last or signalled:
-            run.save(model, optimizer, scaler)
-        if signalled:
-            name = signal.Signals(signalled).name
-            stop(f"{name}: saved step {done}; the same command continues", 128 + signalled)
-
-
-def report(args, unreadable):
-    for path in unreadable:
-        then = "stopped (--strict-images)" if args.strict_images else "replaced by the next"
-        speak("stderr", f"{METHOD}: unreadable image, {then}: {path}")
-    if unreadable and args.strict_images:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2)
 
 
-def memory(device):
-    """This process's peak in GB: on the GPU, or of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+def say(message):
+    if rank() == 0:
+        print(message, flush=True)
 
 
-# ============================================================================== shared: kNN monitor
-BANK, QUERIES, TWICE = 10_000, 2_000, 512  # images that answer and that ask, evenly spaced; encoded twice
+# ============================================================================== shared: training
+def train(args, about, model, sets, device):
+    epoch = len(sets[0]) // args.batch_size  # in steps, as total, warmup and last
+    total, warmup = args.epochs * epoch, args.warmup_epochs * epoch
+    last = min(total, args.steps or total)
+    optimizer = Method.optimizer(args, model)
+    check_groups(model, optimizer)
+    first, signals = resume(args, about, model, optimizer), listen()
+    if first >= last:
+        say("  complete; --overwrite repeats it")
+    if first == 0 and args.knn_every:
+        log(args, {"step": 0, "epoch": 0.0, **measure(args, model, sets, device)})
+
+    net = model
+    if world_size() > 1:
+        net = DistributedDataParallel(model)
+        net.broadcast_buffers = False  # sync_buffers() is enough
+    batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
+    stream = views(args, sets[0], batches, device)
+    since, waited, logged = time.time(), 0.0, first
+
+    for step in range(first, last):
+        asked = time.time()
+        (src, tgt), generator = next(stream)
+        waited += time.time() - asked
+        torch.manual_seed(rng(args.seed, "step", step, rank()).initial_seed())  # for dropout, say
+        factor, m = lr_factor(step, total, warmup), model.momentum(step / total)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * (1 if group.get("constant") else factor)
+
+        loss, spreads = net(src, tgt, m, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        done, stop = step + 1, any_signal(signals)
+        ends = done // epoch if done % epoch == 0 else 0  # the number of the epoch that ends here
+        if done <= 10 or done % args.log_every == 0 or ends or done == last:
+            seconds, steps = time.time() - since, done - logged
+            entry = {"step": done, "epoch": done / epoch, "chance": Method.chance(args), "m": m,
+                     "lr": args.peak_lr * factor, **numbers(model, loss, spreads),
+                     "img_s": steps * args.batch_size / seconds, "data_frac": waited / seconds,
+                     "eta_s": (last - done) * seconds / steps}
+            if args.knn_every and (done == last or ends and ends % args.knn_every == 0):
+                entry |= measure(args, model, sets, device)
+            log(args, entry)
+            since, waited, logged = time.time(), 0.0, done
+        if done == last or stop or ends and ends % args.save_every == 0:
+            save(args, about, done, model, optimizer)
+        if stop:
+            say(f"saved step {done}; the same command continues")
+            raise SystemExit(128 + stop)
+
+
+def check_groups(model, optimizer):
+    """A parameter in no group would never be trained."""
+    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left = [k for k, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]
+    check(not left, f"in no group of the optimizer: {', '.join(left)}; see Method.optimizer()")
+
+
+def views(args, images, batches, device):
+    """This process's share of what plan_views() plans, and a generator, for each of batches."""
+    plan = plan_views(args)
+    return data.stream(images, plan, batches, args.seed, rank(), world_size(), args.workers, device)
+
+
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # finish the step, save and exit
+
+
+def listen():
+    """A list to which the numbers of SIGNALS come that this process gets."""
+    signals = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: signals.append(number))
+    return signals
+
+
+def any_signal(signals):
+    """The number of a signal that any process got, or 0; the same for all."""
+    number = torch.tensor(max(signals, default=0))
+    if world_size() > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+# ============================================================================== shared: monitor
+def numbers(model, loss, spreads):
+    """What a step says of itself; only steps that log wait for the device."""
+    loss = (all_sum(loss.detach()) / world_size()).item()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients).item()
+    check(math.isfinite(loss) and math.isfinite(norm), f"the loss is {loss}, the gradient's norm "
+          f"{norm}; is --lr too large? last.pt is as before")
+    return {"loss": loss, "grad_norm": norm, **{k: v.item() for k, v in spreads.items()}}
 
 
 @torch.no_grad()
-def measure(args, run, model, plan, images, bank, queries, device):
-    """v_src and v_tgt; with labels, the kNN accuracy of the source's backbone."""
-    result = variances(args, model, plan, images, device)
+def measure(args, model, sets, device):
+    """The paper's claim, live: v_src and v_tgt. With labels, kNN on the source's backbone."""
+    images, bank, queries = sets
+    result = variances(args, model, images, device)
     if bank is not None:
         sync_buffers(model)
         model.eval()
-        sets = []
-        for images, most in ((bank, BANK), (queries, QUERIES)):
-            few = images[torch.linspace(0, len(images) - 1, min(most, len(images))).long()]
-            sets.append(features(args, run, model.source.backbone, few, device))
-        result["knn"] = knn(*sets)
+        if rank() == 0:  # the others wait at the next exchange
+            result["knn"] = knn.accuracy(model.source.backbone, bank, queries, args.img_size,
+                                         args.workers, device)
         model.train()
     return result
 
 
-def features(args, run, backbone, images, device):
-    """Features (len(images), c) of unit length and labels, the images shared out among the processes."""
-    rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
-    mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in images.stats)
-    ours, encoded, read = rows[mine()], [], []
-    for x, really in data.centres(images, ours, args.img_size, args.workers, device):
-        encoded.append(F.normalize(backbone((x - mean) / std)))
-        read.append(really)
-    encoded, read = torch.cat(encoded), torch.cat(read)
-    filled = torch.arange(len(rows))[mine()] >= len(images)  # another process reports these
-    wrong = ours[(ours != read) & ~filled]
-    run.bad += len(wrong)
-    report(args, [os.fsdecode(images.paths[row]) for row in wrong.tolist()])
-    return tuple(gather(x.to(device))[: len(images)] for x in (encoded, images.labels[read]))
-
-
-def knn(bank, queries, k=200, temperature=0.1):
-    """Share of queries whose class wins the vote of the k nearest in the bank, with weights
-    exp(cosine / temperature). bank and queries: unit vectors (n, c) and labels (n,)."""
-    (keys, labels), right = bank, 0
-    for x, truth in zip(*(t.split(1000) for t in queries), strict=True):
-        cosine, row = (x @ keys.T).topk(min(k, len(keys)))
-        votes = torch.zeros(len(x), int(labels.max()) + 1, device=x.device)
-        votes.scatter_add_(1, labels[row], (cosine / temperature).exp())
-        right += (votes.argmax(1) == truth).sum().item()
-    return right / len(queries[1])
-
-
-def variances(args, model, plan, images, device):
-    """The paper's intra-image variance per dimension (Sec. 3), live: both encoders, as configured (views, BN,
-    MeanEnc), encode images twice, among other batch-mates each time. Unbiased variance of an image's unit
-    vectors, small crops included; mean over images."""
+def variances(args, model, images, device):
+    """The paper's intra-image variance per dimension (Sec. 3): both encoders, as configured (views,
+    BN, MeanEnc), encode 512 images twice, among other batch-mates each time. Unbiased variance of
+    an image's unit vectors, small crops included; mean over images."""
     n = args.batch_size
-    total = min(math.ceil(TWICE / n), len(images) // n) * n
+    total = min(math.ceil(512 / n), len(images) // n) * n
     chosen = torch.randperm(len(images), generator=rng(args.seed, "twice"))[:total]
-    mates = [torch.randperm(total, generator=rng(args.seed, "mates", t)) for t in range(2)]
-    places = [(t, order[i : i + n]) for t, order in enumerate(mates) for i in range(0, total, n)]
-    steps = [(f"variance {i}", chosen[place]) for i, (_, place) in enumerate(places)]
-    crops_of = partial(data.stream, images, planned_crops(plan))
-    stream, seen = crops_of(steps, args.seed, rank(), world_size(), args.workers, device), {}
-    for (t, place), (name, _), (crops, _) in zip(places, steps, stream, strict=True):
-        generator = rng(args.seed, "views", name)
-        sides = make_views(plan, crops, n, generator, images.stats)
-        for v, encoder, bags in zip(("v_src", "v_tgt"), (model.source, model.target), sides, strict=True):
-            shuffle = generator if model.shuffle and encoder is model.target else None
-            z = [F.normalize(encode(encoder, bag, shuffle, track=False)) for bag in bags]
-            z = gather(torch.stack(z, 1))  # (N, views, d)
-            seen.setdefault((v, t), z.new_empty(total, *z.shape[1:]))[place.to(device)] = z
-    return {v: torch.cat([seen[v, 0], seen[v, 1]], 1).var(1).mean().item() for v in ("v_src", "v_tgt")}
+    orders = [torch.randperm(total, generator=rng(args.seed, "mates", t)) for t in range(2)]
+    rows = chosen[torch.cat(orders)].split(n)
+    batches = [(f"variance {i}", part) for i, part in enumerate(rows)]
+
+    z_src, z_tgt = [], []  # (N, views, d) for each batch
+    for (src, tgt), generator in views(args, images, batches, device):
+        z = torch.stack(model.source(src, track=False), 1)
+        z_src.append(gather(F.normalize(z, dim=2)))
+        z = torch.stack(model.target(tgt, generator if model.shuffle else None, track=False), 1)
+        z_tgt.append(gather(F.normalize(z, dim=2)))
+
+    def variance(z):
+        first, second = torch.cat(z).chunk(2)
+        z = torch.cat([first[orders[0].argsort()], second[orders[1].argsort()]], 1)
+        return z.var(1).mean().item()
+
+    return {"v_src": variance(z_src), "v_tgt": variance(z_tgt)}
 
 
-# ============================================================================== shared: checkpoint
-class Run:
-    """A run's folder: args.json, log.jsonl, last.pt, the backbones, a copy of this script. Rank 0 writes."""
+def log(args, entry):
+    """A line in log.jsonl, and its chief numbers on the terminal."""
+    entry["mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    entry["bad_images"] = all_sum(torch.tensor(data.Images.unreadable)).item()
+    if rank() == 0:
+        with open(Path(args.out, "log.jsonl"), "a") as f:
+            f.write(json.dumps(entry) + "\n")
 
-    def __init__(self, args, about, bad):
-        self.out, self.step, self.signal, self.launcher = Path(args.out), 0, 0, os.getppid()
-        self.lock, self.bad, self.skipped = None, bad, 0  # bad images met here; steps that fp16 skipped
-        self.about = json.loads(json.dumps(about))  # tuples become lists, as they do in the file
-
-    def open(self, args, model, optimizer, scaler):
-        """Continues the run that is there, if its arguments are these; starts one if none is there."""
-        ours, last, log = (self.out / name for name in ("args.json", "last.pt", "log.jsonl"))
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if rank() == 0:
-                self.lock = os.open(self.out / ".lock", os.O_CREAT | os.O_RDWR)
-                try:  # the lock goes when this process does, even by kill -9
-                    fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    stop(f"--out {self.out} is in use by another process; wait for it, or use another")
-                except OSError:  # some file systems have no locks
-                    pass
-            restarted = all_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0
-            if rank() == 0 and args.overwrite and not restarted:
-                for path in (ours, last, log):
-                    path.unlink(missing_ok=True)
-            all_sum(torch.zeros(1))  # wait for rank 0
-            state = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else None
-            old = state or (json.loads(ours.read_text()) if ours.exists() else self.about)
-            found = state.get("format") if state else FORMAT
-            check(found == FORMAT, f"{last} has format {found}, not {FORMAT}; use the version that wrote it")
-            pairs = [(k, old[k], self.about[k]) for k in ("method", "images", "file_names", "mean", "std")]
-            for k in sorted(self.about["args"].keys() - MAY_DIFFER):
-                pairs.append((dashed([k]), old["args"].get(k), self.about["args"][k]))
-            lines = log.read_text().splitlines() if state and log.exists() else []
-            self.step = state["step"] if state else 0
-            lines = [x for x in lines if x.endswith("}") and json.loads(x).get("step", 0) <= self.step]
-            seen = gather(torch.tensor([[self.step, self.about["images"]]])).unique(dim=0)  # waits for all
-            check(len(seen) == 1, "the processes find different runs or data, (step, images): "
-                  f"{seen.tolist()}; --out and --data must be folders that all nodes share")
-            differ = ", ".join(f"{k} {a} there, {b} here" for k, a, b in pairs if a != b)
-            check(not differ, f"--out {self.out} holds another run ({differ}); use another, or --overwrite")
-            if state:
-                model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
-                if state["scaler"] and scaler.is_enabled():  # --device may have switched fp16 off or on
-                    scaler.load_state_dict(state["scaler"])
-                self.bad, self.skipped = 0 if rank() else state["bad_images"], state["skipped"]
-                check(finite(model, optimizer), f"{last} holds values that are not finite; use --overwrite")
-        except Exception as e:  # a truncated or foreign file raises nearly anything
-            if lost(e):
-                raise
-            stop(f"--out {self.out} cannot be used ({reason(e)}); use another, or --overwrite")
-        lines = lines or [json.dumps({"command": sys.argv, **self.about})]
-        self.write(log, lambda path: path.write_text("\n".join(lines) + "\n"))
-        self.write(ours, lambda path: path.write_text(json.dumps(self.about, indent=1)))
-        if Path(__file__).resolve().parent != self.out.resolve():
-            self.write(self.out / Path(__file__).name, partial(shutil.copy, __file__))
-
-    def save(self, model, optimizer, scaler):
-        sync_buffers(model)
-        check(finite(model, optimizer), f"the weights, or the optimizer's state, are not finite at step "
-              f"{self.step}: --lr too big? last.pt is as before")
-        state = {"format": FORMAT, **self.about, "step": self.step, "model": model.state_dict(),
-                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                 "bad_images": all_sum(torch.tensor(self.bad)).item(), "skipped": self.skipped}
-        for name, encoder in (("backbone", model.source), ("backbone_target", model.target)):
-            weights = {k: v.cpu() for k, v in encoder.backbone.state_dict().items()}
-            self.write(self.out / f"{name}.pth", partial(torch.save, weights))
-        self.write(self.out / "last.pt", partial(torch.save, state))  # the last: then all is there
-
-    def write(self, path, how, aside=".tmp"):
-        """Rank 0 writes aside, then renames: a reader finds the old file or the new one, never a part of it.
-        If it cannot, all processes stop."""
-        error, part = "", path.with_name(path.name + aside)
-        if rank() == 0:
-            try:
-                how(part)
-                with open(part, "rb") as f:  # on the disk before it has its name, if the power fails
-                    os.fsync(f.fileno())
-                os.replace(part, path)
-            except (OSError, RuntimeError) as e:
-                if lost(e):  # torch says so wherever this process happens to be
-                    raise
-                error = reason(e)
-        if all_sum(torch.tensor(len(error))):
-            stop(f"cannot write {path} ({error}); make room, or use another --out. last.pt is intact", 1)
-
-    def log(self, entry):
-        """A line to log.jsonl, and one to the terminal, where it is updated in place."""
-        text = "epoch {epoch:.2f}  step {step}".format(**entry)
-        if "loss" in entry:
-            text += "  loss {loss:.3f} / chance {chance:.3f}  std {std_src:.2f} {std_tgt:.2f}".format(**entry)
-            minutes, s = divmod(int(entry["eta_s"]), 60)
-            text += f"  {entry['img_s']:.0f} img/s  eta {minutes // 60:02d}:{minutes % 60:02d}:{s:02d}"
-        if "v_src" in entry:
-            text += "\n  v_src {v_src:.2e}  v_tgt {v_tgt:.2e}".format(**entry)
-            text += f"  v_tgt/v_src {entry['v_tgt'] / max(entry['v_src'], 1e-12):.2f}"
-            text += f"  kNN {entry['knn']:.3f}" if "knn" in entry else ""
-
-        def append(path):
-            with open(path, "a") as f:
-                f.write(json.dumps(entry) + "\n")
-
-        self.write(self.out / "log.jsonl", append, aside="")
-        screen = sys.stdout.isatty()
-        say(f"\r{text:100s}" if screen else text, end="" if screen and "v_src" not in entry else "\n")
-
-    def signalled(self):
-        """The number of a signal to any process, or SIGTERM for a dead launcher, or 0; for all the same."""
-        if not dist.is_initialized():
-            return self.signal
-        mine = int(signal.SIGTERM) if os.getppid() != self.launcher else self.signal
-        dist.all_reduce(number := torch.tensor(mine), dist.ReduceOp.MAX)
-        return number.item()
+    shown = "epoch step loss chance std_src std_tgt img_s eta_s v_src v_tgt knn".split()
+    say("  ".join(f"{name} {entry[name]:.4g}" for name in shown if name in entry))
+    if min(entry.get("std_src", 1), entry.get("std_tgt", 1)) < 0.1:
+        say("warning: the encodings have nearly collapsed (a healthy std is near 1)")
 
 
-def finite(model, optimizer):
-    moments = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-    return all(x.isfinite().all() for x in [*model.state_dict().values(), *moments])
+# ============================================================================== shared: the run
+def resume(args, about, model, optimizer):
+    """Continues the run in --out if its arguments are these, or starts one; returns its step."""
+    out, script = Path(args.out), Path(__file__)
+    ours, last, lines = out / "args.json", out / "last.pt", out / "log.jsonl"
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            for path in (ours, last, lines):
+                path.unlink(missing_ok=True)
+    barrier()
+
+    state = load(last) if last.exists() else {"step": 0}
+    old = json.loads(ours.read_text()) if ours.exists() else about
+    step, kept = state["step"], [json.dumps({"command": sys.argv, **about})]
+    differ = [f"{k} {old.get(k)} there, {v} here" for k, v in about.items()
+              if k not in MAY_DIFFER and old.get(k) != v]
+    check(not differ, f"--out {out} holds another run ({', '.join(differ)}); use another, or "
+          "--overwrite")
+    if step:
+        if old["code"] != about["code"]:
+            say(f"note: {script.name} or common/ is not the code that began {out}, now at step "
+                f"{step}; going on. --overwrite starts anew")
+        fit(model, state["model"], last)
+        optimizer.load_state_dict(state["optimizer"])
+        kept = [x for x in lines.read_text().splitlines() if x.endswith("}")]  # not a half line
+        kept = [x for x in kept if json.loads(x).get("step", 0) <= step]
+        say(f"  resuming at step {step}")
+    barrier()  # all have looked
+
+    if rank() == 0:
+        lines.write_text("\n".join(kept) + "\n")
+        ours.write_text(json.dumps(old, indent=1))
+        if not step:
+            Path(out, script.name).write_bytes(script.read_bytes())
+    return step
 
 
-def lost(e):
-    """Whether an exception says that another process is gone; ConnectionError: a loader's, with a batch."""
-    words = ("gloo", "NCCL", "DataLoader worker (")
-    return isinstance(e, ConnectionError) or isinstance(e, RuntimeError) and any(w in str(e) for w in words)
+def save(args, about, step, model, optimizer):
+    """Writes the backbones, then last.pt, with all that the next step needs."""
+    sync_buffers(model)
+    weights = model.state_dict()
+    check(all(x.isfinite().all() for x in weights.values()),
+          f"the weights are not finite at step {step}; is --lr too large? last.pt is as before")
+    files = {"backbone.pth": model.source.backbone.state_dict(),
+             "backbone_target.pth": model.target.backbone.state_dict(),
+             "last.pt": {"args": about, "step": step, "model": weights,
+                         "optimizer": optimizer.state_dict()}}
+    for name, content in files.items() if rank() == 0 else ():
+        aside = Path(args.out, name + ".tmp")
+        torch.save(content, aside)
+        os.replace(aside, Path(args.out, name))  # never half a file
+    barrier()
 
 
-def reason(e):
-    """An exception in one line, without torch's advice on how to load what it refuses."""
-    return f"{type(e).__name__}: {e}".splitlines()[0].split(". ")[0]
+def load(path):
+    """A file of torch.save, as a dict; nothing in it is executed."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as e:  # a truncated or foreign file raises nearly anything
+        check(False, f"{path} cannot be read ({f'{type(e).__name__}: {e}'.splitlines()[0]})")
+
+
+def fit(module, weights, path):
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as e:  # it names the keys
+        check(False, f"{path} does not fit: {' '.join(str(e).split()):.800}")
 
 
 # ============================================================================== shared: launch
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-
-
-def listen(handler):
-    """Sets the handler of SIGNALS, but for SIGHUP under nohup; returns those before."""
-    def answer(number, frame):
-        if os.getpid() == ours:
-            handler(number, frame)
-        elif number == signal.SIGTERM:  # in a loader worker, before begin_worker()
-            signal.alarm(30)
-
-    ours, nohup = os.getpid(), signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return {s: signal.signal(s, answer) for s in SIGNALS if s != signal.SIGHUP or not nohup}
-
-
-def spawn(argv, nproc, child):
-    """--nproc: what torchrun --nproc_per_node does, without its restarts. child: what each process runs."""
+def launch(args, work):
+    """work(args), here or in --nproc processes, as torchrun would start them, without restarts."""
+    if args.nproc == 1:
+        return guarded(work, args)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.start_processes(child, (argv, nproc, port), nproc, join=False)
+    context = mp.spawn(child, (work, args, port), args.nproc, join=False)
 
-    def pass_on(number, frame):  # the children save and exit; this process waits for them
+    def pass_on(number, frame):  # they save and exit, and this process waits
         for process in context.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    listen(pass_on)
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
     try:
         while not context.join():
             pass
-    except mp.ProcessExitedException as e:
-        if e.exit_code < 0:  # it could not speak, and the others may have been ended before they could
-            print(f"{Path(sys.argv[0]).stem}: process {e.error_index} died ({e.signal_name}); the same "
-                  "command continues", file=sys.stderr, flush=True)
+    except mp.ProcessExitedException as e:  # it has said why; a negative code is a signal's
         raise SystemExit(e.exit_code if e.exit_code > 0 else 128 - e.exit_code) from None
 
 
-def child(index, argv, nproc, port):
-    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(nproc), MASTER_ADDR="127.0.0.1",
+def child(index, work, args, port):
+    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(args.nproc),
+                      LOCAL_WORLD_SIZE=str(args.nproc), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    torch.set_num_threads(max(1, CORES // nproc))
-    mp.set_start_method(None, force=True)  # loader workers start as ever; spawned, each would import torch
-    code = 0
+    torch.set_num_threads(max(1, CORES // args.nproc))
+    guarded(work, args)
+
+
+def guarded(work, args):
+    """Wrong data end in one line too; a loader worker's error comes with its traceback."""
     try:
-        guard(parse_args(argv))
-    except SystemExit as e:
-        code = e.code
-    raise SystemExit(code)  # now the frames, and with them the loader's workers, are gone: no wait for them
+        work(args)
+    except data.DataError as e:
+        check(False, str(e).splitlines()[-1])
 
 
 def join_processes(args):
-    """Joins the processes of a launcher, if there is one; returns this process's device."""
+    """Joins the processes of torchrun or launch(), if there are; returns this one's device."""
     device = torch.device(args.device)
     if "RANK" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        store, r, world = next(rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it holds what dead processes wrote
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=r, world_size=world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
-
-
-# ============================================================================== shared: main
-def guard(args):
-    """work(), and one line instead of a traceback where it ends by no fault of the program."""
-    try:
-        work(args)
-    except data.DataError as e:  # a loader worker's comes with its traceback
-        e.__traceback__ = None  # whose frames hold the workers: the exit would wait for them
-        stop(str(e).splitlines()[-1].split("DataError: ")[-1])
-    except KeyboardInterrupt:  # before train() listens to signals
-        raise SystemExit(128 + signal.SIGINT) from None
-    except (RuntimeError, ConnectionError) as e:
-        why = [line.split("RuntimeError: ")[-1] for line in str(e).splitlines() if "allocate" in line]
-        if not why and not lost(e):
-            raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of dead workers again
-        e.__traceback__ = None
-        stop(f"out of memory ({why[0]}); use a smaller --batch-size or --img-size" if why else
-             f"lost another process ({reason(e)}); the same command continues from last.pt", 1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def work(args):
     """All that one process does."""
-    device, flags = join_processes(args), {k: v for k, v in vars(args).items() if k != "knn_asked"}
+    device = join_processes(args)
     if args.download and rank() == 0:  # alone, and before the others look
         data.load(args.data, args.data_root, download=True)
-    all_sum(torch.zeros(1))
-    images, bank, queries = data.load(args.data, args.data_root)
-    if not augmentations(args)[0].normalize:
-        for split in (images, bank, queries):
-            if split is not None:
-                split.stats = data.RAW
-    bad = {*images.bad, *(queries.bad if queries else ())}  # all processes have found them:
-    bad = sorted(bad) if rank() == 0 else ()  # name and count them once
-    report(args, bad)
-    n, batch, groups, world = len(images), args.batch_size, args.bn_groups, world_size()
-    most = n // math.lcm(groups, world) * math.lcm(groups, world)
-    check(batch <= n, f"--batch-size {batch} is more than the {n} images; "
-          + (f"use {most} or less" if most > groups else "use more images, or fewer --bn-groups"))
-    check(args.warmup_epochs < args.epochs, f"--warmup-epochs {args.warmup_epochs} is no less than --epochs")
-    check(bank is not None or not args.knn_asked, f"--knn-every: {args.data} has no labels; leave it out")
-    method_checks(args, n)
-    amp, args.peak_lr = args.amp, args.lr * batch / 256
-    if amp == "auto":
+    barrier()
+    sets = images, _, _ = data.load(args.data, args.data_root)
+    for split in sets:
+        if split is not None and not augmentations(args)[0].normalize:
+            split.stats = data.RAW
+    n, batch = len(images), args.batch_size
+    check(batch <= n, f"--batch-size {batch} is more than the {n} images of {args.data}; use less")
+
+    code = [Path(__file__), *sorted(Path(data.__file__).parent.glob("*.py"))]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
+    about = {"method": METHOD, "format": 3, "code": code, "torch": torch.__version__, "images": n,
+             "names": images.names, "mean": images.stats[0], "std": images.stats[1], **vars(args)}
+    about = json.loads(json.dumps(about))  # tuples become lists, as they do in the file
+    if args.amp == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "bf16" if bf16 else "fp16" if device.type == "cuda" else "off"
-    args.autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        args.amp = "bf16" if bf16 else "off"
+
     torch.manual_seed(args.seed)
     model = Method(args).to(device)
-    optimizer = Method.optimizer(args, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    size = lambda tensors: sum(t.numel() for t in tensors) / 1e6
-    backbone, heads, steps = size(model.source.backbone.parameters()), size(model.parameters()), n // batch
-    say(f"{METHOD}, {args.recipe} recipe: {args.data}, {n} images, {len(images.classes) or 'no'} classes\n"
-        f"  {args.arch}, {backbone:.2f} M parameters; all encoders and heads {heads:.2f} M; buffers "
-        f"{4 * size(model.buffers()):.2f} MB; {device}, autocast {amp}, seed {args.seed}\n"
-        f"  {args.epochs} epochs of {steps} steps, {args.epochs * steps} in all; batch {batch} = {world} x "
-        f"{batch // world} in {groups} BN group(s); lr {args.lr} x {batch}/256 = {args.peak_lr:.4g}\n"
-        f"  loss at chance level {Method.chance(args):.3f}; output: {args.out}")
+    if args.init:
+        weights = {k: v for k, v in load(args.init).items() if not k.startswith(("fc.", "heads."))}
+        fit(model.source.backbone, weights, args.init)
+        fit(model.target.backbone, weights, args.init)
+
+    millions = [sum(t.numel() for t in tensors) / 1e6 for tensors in (
+        model.source.backbone.parameters(), model.parameters(), model.buffers())]
+    say(f"{METHOD}, {args.recipe} recipe; {args.data}, {n} images; {args.arch}, {device}, amp "
+        f"{args.amp}\n  a backbone has {millions[0]:.2f} M parameters, all {millions[1]:.2f} M; "
+        f"{millions[2]:.2f} M numbers in buffers\n  {args.epochs} epochs of {n // batch} steps; lr "
+        f"{args.lr} x {batch}/256 = {args.peak_lr:.4g}; chance {Method.chance(args):.3f}; output: "
+        f"{args.out}")
     if args.show_views and rank() == 0:
-        show_views(args, plan_views(args), images)
-    if args.show_views or args.dry_run:
-        return
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    run = Run(args, {"method": METHOD, "args": flags, "mean": images.stats[0], "std": images.stats[1],
-                     "images": n, "file_names": images.names, "chance": Method.chance(args),
-                     "versions": versions}, len(bad))
-    run.open(args, model, optimizer, scaler)
-    if run.step:
-        more = run.step < min(args.epochs * steps, args.steps or math.inf)
-        say(f"  resuming at step {run.step}" if more else "  complete; --overwrite repeats it")
-    before = listen(lambda number, frame: setattr(run, "signal", number))
-    try:
-        train(args, run, model, optimizer, scaler, images, bank, queries, device)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        if run.lock is not None:
-            os.close(run.lock)
+        data.show_views(args.show_views, images, plan_views(args), args.seed)
+    if not (args.show_views or args.dry_run):
+        train(args, about, model, sets, device)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other; drop one")
-    check_flags(args, int(os.environ.get("WORLD_SIZE", args.nproc)))
-    return spawn(argv, args.nproc, child) if args.nproc > 1 else guard(args)
+    try:
+        args = parse_args(argv)
+    except data.DataError as e:  # no image from whose size to choose the recipe
+        check(False, e)
+    check_flags(args)
+    launch(args, work)
 
 
 if __name__ == "__main__":
