@@ -583,7 +583,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
 
     if args.out is None:
-        args.out = f"runs/{METHOD}-{Path(args.data).resolve().stem}"
+        args.out = f"runs/{METHOD}-{Path(args.data).resolve().name}"
         for name, value in sorted(vars(args).items()):
             if value != p.get_default(name) and name not in MAY_DIFFER:
                 value = "_".join(map(str, value)) if isinstance(value, list) else value
@@ -799,36 +799,37 @@ def log(args, entry):
 def resume(args, about, model, optimizer):
     """Continues the run in --out if its arguments are these, or starts one; returns its step."""
     out, script = Path(args.out), Path(__file__)
-    ours, last, lines = out / "args.json", out / "last.pt", out / "log.jsonl"
+    last, lines, step = out / "last.pt", out / "log.jsonl", 0
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            for path in (ours, last, lines):
-                path.unlink(missing_ok=True)
-    barrier()
+            last.unlink(missing_ok=True)
+    barrier()  # the others look when that is done
 
-    state = load(last) if last.exists() else {"step": 0}
-    old = json.loads(ours.read_text()) if ours.exists() else about
-    step, kept = state["step"], [json.dumps({"command": sys.argv, **about})]
-    differ = [f"{k} {old.get(k)} there, {v} here" for k, v in about.items()
-              if k not in MAY_DIFFER and old.get(k) != v]
-    check(not differ, f"--out {out} holds another run ({', '.join(differ)}); use another, or "
-          "--overwrite")
-    if step:
-        if old["code"] != about["code"]:
-            say(f"note: {script.name} or common/ is not the code that began {out}, now at step "
-                f"{step}; going on. --overwrite starts anew")
+    kept = [json.dumps({"command": sys.argv, **about})]
+    if last.exists():
+        state = load(last)
+        old, step = state["args"], state["step"]
+        differ = [f"{k} {old.get(k)} there, {v} here" for k, v in about.items()
+                  if k not in MAY_DIFFER and old.get(k) != v]
+        check(not differ, f"--out {out} holds another run ({', '.join(differ)}); use another, or "
+              "--overwrite")
         fit(model, state["model"], last)
         optimizer.load_state_dict(state["optimizer"])
-        kept = [x for x in lines.read_text().splitlines() if x.endswith("}")]  # not a half line
+        kept = [x for x in lines.read_text().splitlines() if x.endswith("}")]  # no half line
         kept = [x for x in kept if json.loads(x).get("step", 0) <= step]
         say(f"  resuming at step {step}")
+        if old["code"] != about["code"]:
+            say(f"note: {script.name} or common/ is not the code that began {out}; --overwrite "
+                "starts anew")
+            about["code"] = old["code"]
     barrier()  # all have looked
 
     if rank() == 0:
-        lines.write_text("\n".join(kept) + "\n")
-        ours.write_text(json.dumps(old, indent=1))
+        lines.with_suffix(".tmp").write_text("\n".join(kept) + "\n")
+        os.replace(lines.with_suffix(".tmp"), lines)
         if not step:
+            Path(out, "args.json").write_text(json.dumps(about, indent=1))
             Path(out, script.name).write_bytes(script.read_bytes())
     return step
 
@@ -922,10 +923,12 @@ def work(args):
     if args.download and rank() == 0:  # alone, and before the others look
         data.load(args.data, args.data_root, download=True)
     barrier()
-    sets = images, _, _ = data.load(args.data, args.data_root)
+    sets = images, _, queries = data.load(args.data, args.data_root)
     for split in sets:
         if split is not None and not augmentations(args)[0].normalize:
             split.stats = data.RAW
+    if rank() == 0:
+        images.report(sorted({*images.bad, *(queries.bad if queries else ())}))
     n, batch = len(images), args.batch_size
     check(batch <= n, f"--batch-size {batch} is more than the {n} images of {args.data}; use less")
 

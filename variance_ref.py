@@ -79,9 +79,9 @@ def open_checkpoint(args):
     state = load(path / "last.pt" if path.is_dir() else path)
     ours = {"model", "args"} <= state.keys()
     run = state["args"] if ours else {"method": "mocov2_asym", "format": 3}
-    check((ours or "state_dict" in state) and run.get("format") == 3,
+    known = run.get("format") == 3 and Path(__file__).with_name(f"{run.get('method')}.py").exists()
+    check(known and (ours or "state_dict" in state),
           f"{path} has no projector known here; give a run's folder, last.pt or asym-siam's file")
-
     script = importlib.import_module(run["method"])
     prefix, model = ("source.", "model") if ours else ("module.encoder_q.", "state_dict")
     weights = {k.removeprefix(prefix): v for k, v in state[model].items() if k.startswith(prefix)}

@@ -68,8 +68,7 @@ def weak(recipe):
 
 
 def draw(recipe, n, generator):
-    """Parameters for n images: a dict of CPU tensors with n rows. Two recipes make the same draws
-    from a generator and differ in what they do with them."""
+    """Parameters for n images, CPU tensors with n rows; as many draws for any recipe."""
     u = torch.rand(n, 10, generator=generator)
     jitter = torch.tensor(recipe.strength) * (2 * torch.rand(n, 4, generator=generator) - 1)
 
@@ -113,8 +112,7 @@ def augment(x, recipe, params, mean, std):
 
 
 def on(x, mask, op, *params):
-    """Replaces the images of mask (n,) by op(images, *their parameters). A CPU mask, so that
-    nothing waits for a GPU."""
+    """Replaces images by op(images, *their parameters). mask: (n,), on the CPU: no GPU waits."""
     rows = mask.nonzero().squeeze(1)
     if len(rows):
         there = rows.to(x.device, non_blocking=True)
@@ -154,9 +152,8 @@ def hue(x, shift):
 
 
 def gaussian_blur(x, sigma, radius=11):
-    """Blur by sigma pixels (a standard deviation), reflected borders: a convolution of columns,
-    then one of rows. Each image has a kernel of its own, so that images and channels are the
-    convolution's groups."""
+    """Blur by sigma pixels (a standard deviation), reflected borders: columns, then rows. Images
+    have kernels of their own, so that images and channels are the convolutions' groups."""
     n, c, h, w = x.shape
 
     def kernel(length):
@@ -322,19 +319,3 @@ def make_views(plan, crops, total, generator, stats, part):
         return scalemix(first, make(view, False), boxes)
 
     return [[[make(view, view.mix) for view in bag] for bag in bags] for bags in plan]
-
-
-def picture(sides, stats):
-    """make_views()'s sides as tiles (images * columns, 3, s, s), and the number of columns: a row
-    for each image, the source's views, a white tile, the target's."""
-    mean, std = (torch.tensor(s).view(3, 1, 1) for s in stats)
-    edge = max(x.shape[3] for bags in sides for x in sum(bags, []))
-    columns = []
-    for bags in sides:
-        for x in sum(bags, []):
-            tile = (x * std + mean).clamp(0, 1)
-            columns.append(F.pad(tile, (0, edge - x.shape[3]) * 2, value=1.0))
-        columns.append(torch.ones_like(columns[0]))
-
-    tiles = torch.stack(columns[:-1], 1).flatten(0, 1)
-    return F.interpolate(tiles, scale_factor=max(1, 96 // edge)), len(columns) - 1

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-from common.augment import crop_batch, crop_boxes, crops_of, make_views, picture, rng
+from common.augment import crop_batch, crop_boxes, crops_of, make_views, rng
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -30,7 +30,6 @@ RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for methods that do not normalise
 SIZES = {"demo": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "fashion-mnist": 28}  # pixels
 NAMES = tuple(SIZES)
 SUFFIXES = ".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"
-NO_IMAGE = f"no file there or below ends in one of {' '.join(SUFFIXES)}"
 FORMATS = "JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"  # PIL's EPS, say, starts programs
 IN_MEMORY = 2**30  # bytes: a folder of equally sized images up to this size is decoded at the start
 
@@ -69,18 +68,21 @@ class Images:
             return self.pixels[row], row
         for i in range(100):
             there = (row + i) % len(self)
-            with contextlib.suppress(Exception):  # PIL raises nearly anything; reason() says what
+            with contextlib.suppress(Exception):  # PIL raises nearly anything; report() says what
                 return read_image(os.fsdecode(self.paths[there]), shrink), there
-        path = os.fsdecode(self.paths[row])
-        raise DataError(f"no readable image among the 100 from {path} on ({reason(path)})")
+        raise DataError(f"no readable image among 100 from {os.fsdecode(self.paths[row])} on")
 
     @classmethod
     def report(cls, paths):
-        """Names and counts unreadable images."""
+        """Names, with the reason, and counts unreadable images."""
         cls.unreadable += len(paths)
         for path in paths:
-            text = f"unreadable image, replaced by the next: {path} ({reason(path)})"
-            print(text, file=sys.stderr, flush=True)
+            why = "now it can be read"
+            try:
+                read_image(path)
+            except Exception as e:
+                why = " ".join(f"{type(e).__name__}: {e}".split())  # in one line
+            print(f"unreadable image, replaced by the next: {path} ({why})", file=sys.stderr)
 
 
 def read_image(path, shrink=None):
@@ -93,55 +95,38 @@ def read_image(path, shrink=None):
         if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
             deep = np.asarray(image, dtype=np.float32) / 257
             image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
-        elif "transparency" in image.info:  # PIL warns of some palettes when alpha goes at once
-            image = image.convert("RGBA")
         image = image if image.mode == "RGB" else image.convert("RGB")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def reason(path):
-    """Why an image cannot be read, in one line."""
-    try:
-        read_image(path)
-    except Exception as e:
-        return " ".join(f"{type(e).__name__}: {e}".split())
-    return "now it can be read"
 
 # ---- loading ----
 
 def load(name, root="data", download=False):
     """The images to train on, and the bank and the queries of kNN, which are None without labels.
-
-    name: one of NAMES; a file .npz, see load_npz(); or a folder: an ImageNet-style tree with train/
-    and val/ (or test/), a class tree, or plain images. Without val every tenth image asks and the
-    others answer; all train. root: where torchvision's sets are, or go. Raises DataError."""
+    name: one of NAMES, a file for load_npz(), or a folder: an ImageNet-style tree with train/ and
+    val/ (or test/), a class tree, or plain images. Without val every tenth image asks, the others
+    answer, and all train. root: where torchvision's sets are, or go. Raises DataError."""
     if name == "demo":
         train = draw_demo(4096, 0)
         return train, train, draw_demo(1024, 1)
     if name in NAMES:
         return load_torchvision(name, root, download)
+
+    split = os.path.isdir(os.path.join(name, "train"))
+    held = [p for p in ("val", "test") if split and os.path.isdir(os.path.join(name, p))]
     if name.endswith(".npz"):
-        return every_tenth(load_npz(name))
-
-    parts = [p for p in ("train", "val", "test") if os.path.isdir(os.path.join(name, p))]
-    if "train" not in parts:
-        return every_tenth(in_memory(scan(name)))
-    train = in_memory(scan(os.path.join(name, "train")))
-    if train.labels is None or len(parts) == 1:
-        return every_tenth(train)
-    val = in_memory(scan(os.path.join(name, parts[1])))
-    if odd := sorted(set(train.classes) ^ set(val.classes)):
-        raise DataError(f"--data {name}: the class folders in train/ ({len(train.classes)}) and "
-                        f"{parts[1]}/ ({len(val.classes)}) differ, as in {odd[0]}; make them equal "
-                        f"or move {parts[1]}/")
-    return train, train, val
-
-
-def every_tenth(images):
-    if images.labels is None or len(images) < 10:
+        images = load_npz(name)
+    else:
+        images = in_memory(scan(os.path.join(name, "train") if split else name))
+    if images.labels is None or len(images) < 10 and not held:
         return images, None, None
-    asks = torch.arange(len(images)) % 10 == 9
-    return images, images[~asks], images[asks]
+    if not held:
+        asks = torch.arange(len(images)) % 10 == 9
+        return images, images[~asks], images[asks]
+    val = in_memory(scan(os.path.join(name, held[0])))
+    if odd := sorted(set(images.classes) ^ set(val.classes)):
+        raise DataError(f"--data {name}: the class folders in train/ ({len(images.classes)}) and "
+                        f"{held[0]}/ ({len(val.classes)}) differ, as in {odd[0]}; make them equal")
+    return images, images, val
 
 
 def image_size(name, root="data"):
@@ -157,7 +142,7 @@ def image_size(name, root="data"):
         with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
             sides.append(max(image.size))
     if not sides:
-        raise DataError(f"--data {name}: {NO_IMAGE}, or none of the first twenty can be read")
+        raise DataError(f"--data {name}: no image among the first twenty {' '.join(SUFFIXES)}")
     return max(sides)
 
 
@@ -174,8 +159,8 @@ def load_torchvision(name, root, download):
         try:
             found = kind(root, download=download, **split)
         except (RuntimeError, OSError) as e:
-            raise DataError(f"--data {name}: not in {root}/ ({str(e).splitlines()[0]}); add "
-                            "--download, or name the folder that holds it with --data-root") from e
+            raise DataError(f"--data {name}: not in {root}/; add --download, or say where with "
+                            f"--data-root ({str(e).splitlines()[0]})") from e
         labels = torch.as_tensor(found.labels if name == "stl10" else found.targets).long()
         parts.append(Images(channels_first(found.data), labels=labels, stats=stats, names=name,
                             classes=tuple(found.classes)))
@@ -198,26 +183,23 @@ def load_npz(name):
     integers (n,), of which each value is a class."""
     arrays = {}
     try:
-        with np.load(name, allow_pickle=False) as file:
+        with open(name, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays |= file
-        found = ", ".join(f"{k} {x.dtype} {x.shape}" for k, x in arrays.items())
+        found = ", ".join(f"{k} {x.dtype} {x.shape}" for k, x in arrays.items()) or "nothing"
     except Exception as e:  # NumPy raises nearly anything on files that are something else
         found = f"{type(e).__name__}: {e}"
 
-    images, labels = arrays.get("images", np.empty(0)), arrays.get("labels")
-    good = images.dtype == np.uint8 and (images.ndim == 3 or images.shape[3:] == (3,))
-    if labels is not None:
-        good = good and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
-    if not good or not images.size:
-        raise DataError(f"--data {name}: found {found or 'nothing'}; wanted images, uint8 "
-                        "(n, h, w, 3) or (n, h, w), and if there are labels, integers (n,)")
-
-    digest, result = hashlib.sha256(np.ravel(images)), Images(channels_first(images))
-    if labels is not None:
-        digest.update(np.ravel(labels))
-        classes, labels = np.unique(labels, return_inverse=True)
-        result.labels, result.classes = torch.from_numpy(labels), tuple(map(str, classes))
-    return replace(result, names=digest.hexdigest()[:16])
+    x, y = arrays.get("images", np.empty(0)), arrays.get("labels")
+    good = x.size and x.dtype == np.uint8 and (x.ndim == 3 or x.shape[3:] == (3,))
+    if not good or y is not None and (y.dtype.kind not in "iu" or y.shape != x.shape[:1]):
+        raise DataError(f"--data {name}: found {found}; wanted images, uint8 (n, h, w, 3) or "
+                        "(n, h, w), and if there are labels, integers (n,)")
+    digest, images = hashlib.sha256(np.ravel(x)), Images(channels_first(x))
+    if y is not None:
+        digest.update(np.ravel(y))
+        classes, labels = np.unique(y, return_inverse=True)
+        images.labels, images.classes = torch.from_numpy(labels), tuple(map(str, classes))
+    return replace(images, names=digest.hexdigest()[:16])
 
 
 def scan(folder):
@@ -225,7 +207,7 @@ def scan(folder):
     two or more have images in them and no image lies beside them. DataError if there is none."""
     paths = list(walk(folder))
     if not paths:
-        raise DataError(f"--data {folder}: {NO_IMAGE}")
+        raise DataError(f"--data {folder}: no file there or below ends in {' '.join(SUFFIXES)}")
     below = [path[len(str(folder)) :].lstrip("/") for path in paths]
     names = hashlib.sha256(os.fsencode("\n".join(below))).hexdigest()[:16]
     images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names)
@@ -240,18 +222,11 @@ def scan(folder):
 
 def walk(folder):
     """Yields the paths of image files in a folder and below, in sorted order."""
-    if not os.path.isdir(folder):
-        raise DataError(f"--data {folder}: no such folder or .npz; or use {', '.join(NAMES)}")
-
     def unlisted(e):
-        raise DataError(f"{e.filename} cannot be listed ({e.strerror}); make it readable")
+        raise DataError(f"--data {folder}: {e}; name a folder, a file .npz, or {' '.join(NAMES)}")
 
-    seen = set()
     for here, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))  # no .ipynb_checkpoints
-        if (real := os.path.realpath(here)) in seen:  # symbolic links in a circle
-            folders[:], files = [], []
-        seen.add(real)
         for file in sorted(files):
             if file.lower().endswith(SUFFIXES) and not file.startswith("."):
                 yield os.path.join(here, file)
@@ -283,8 +258,7 @@ def draw_demo(n, seed, size=32):
         return low + (high - low) * torch.rand(n, *(shape or (1, 1)), generator=generator)
 
     labels = (torch.arange(n) % 10)[torch.randperm(n, generator=generator)]
-    places = torch.arange(size) - size / 2
-    y, x = torch.meshgrid(places, places, indexing="ij")
+    y, x = torch.meshgrid(*[torch.arange(size) - size / 2] * 2, indexing="ij")
     angle, wavelength = uniform(-0.2, 0.2), 4.5 * 2.3 ** uniform(0, 1)  # 4.5 to 10 pixels
     u = (angle.cos() * x - angle.sin() * y) / wavelength + uniform(0, 4)
     v = (angle.sin() * x + angle.cos() * y) / wavelength + uniform(0, 4)
@@ -310,8 +284,8 @@ def draw_demo(n, seed, size=32):
     tint = uniform(-0.04, 0.04, 3, 1, 1)
     noise = 0.05 * torch.randn(n, 3, size, size, generator=generator)
     pixels = (light + contrast * pattern)[:, None] + shade + (tint + noise)
-    pixels = pixels.clamp(0, 1) * 255
-    return Images(pixels.byte(), labels=labels, classes=tuple(families), stats=HALF, names="demo")
+    return Images((pixels.clamp(0, 1) * 255).byte(), labels=labels, classes=tuple(families),
+                  stats=HALF, names="demo")
 
 # ---- crops ----
 
@@ -388,8 +362,7 @@ def stream(images, plan, steps, seed, rank, world, workers, device):
 
 
 def crop(images, views, steps, seed, part, workers, device):
-    """Yields, for each (step, rows), crops of part of the rows, floats (n, 3, s, s) in [0, 1] for
-    each View of views."""
+    """Yields, for each (step, rows), part of the rows: floats (n, 3, s, s) in [0, 1] a View."""
     if images.pixels is not None:  # boxes drawn for the global batch at once
         for step, rows in steps:
             generator, crops = rng(seed, "crops", step), []
@@ -432,11 +405,19 @@ def begin_worker(worker):
 
 
 def show_views(path, images, plan, seed):
-    """Draws what source and target see of the first eight images. Raises DataError."""
-    steps = [(0, torch.arange(min(8, len(images))))]
+    """Draws the first eight images: in a row each, the source's views, white, the target's."""
+    steps, columns = [(0, torch.arange(min(8, len(images))))], []
     ((sides, _),) = stream(images, plan, steps, seed, 0, 1, 0, "cpu")
-    tiles, columns = picture(sides, images.stats)
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in images.stats)
+    edge = plan[0][0][0].size
+    for bags in sides:
+        for x in sum(bags, []):
+            x = (x * std + mean).clamp(0, 1)
+            columns.append(F.pad(x, (0, edge - x.shape[3]) * 2, value=1.0))
+        columns.append(torch.ones_like(columns[0]))
+    tiles = torch.stack(columns[:-1], 1).flatten(0, 1)
+    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // edge))
     try:
-        torchvision.utils.save_image(tiles, path, nrow=columns, pad_value=1.0)
+        torchvision.utils.save_image(tiles, path, nrow=len(columns) - 1, pad_value=1.0)
     except (OSError, ValueError) as e:  # no such folder; no such format
         raise DataError(f"--show-views {path}: {e}") from e

@@ -8,9 +8,8 @@ ARCHS = ["tiny", *torchvision.models.list_models(torchvision.models, include="*r
 
 
 def build(arch, img_size, norm_layer, zero_init=False):
-    """One of ARCHS and the width of its features. Up to 64 px: the CIFAR stem, a 3 x 3 convolution
-    without max-pool. tiny: that stem and four blocks of 16 to 128 channels. norm_layer: channels
-    -> BN. zero_init: the last BN of each block begins at 0."""
+    """One of ARCHS, and its features' width. Up to 64 px: the CIFAR stem, 3 x 3 without max-pool.
+    tiny: that stem, four blocks of 16 to 128 channels. zero_init: blocks' last BNs begin at 0."""
     if arch == "tiny":
         net, width = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer), 128
         net.inplanes, net.bn1 = 16, norm_layer(16)

@@ -1,15 +1,16 @@
-"""kNN of the demo data on raw pixels and on 8 x 8 thumbnails, what a network has to beat: python tests/pixels.py"""
+"""kNN of the demo data on raw pixels and on 8 x 8 thumbnails, which a network has to beat:
+python tests/pixels.py"""
 
-import sys
-from pathlib import Path
-
+import conftest  # noqa: F401
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mocov2_asym as script  # noqa: E402
-from common import data  # noqa: E402
+from common import data, knn
 
-_, bank, queries = data.load("demo")
-for name, size in (("raw pixels", 32), ("8 x 8 thumbnails", 8)):
-    vectors = [F.normalize(F.adaptive_avg_pool2d(s.pixels.float() / 255 - 0.5, size).flatten(1)) for s in (bank, queries)]
-    print(f"kNN on {name}: {script.knn((vectors[0], bank.labels), (vectors[1], queries.labels)):.3f}")
+if __name__ == "__main__":
+    _, bank, queries = data.load("demo")
+    for name, size in (("raw pixels", 32), ("8 x 8 thumbnails", 8)):
+        sets = []
+        for images in (bank, queries):
+            x = F.adaptive_avg_pool2d(images.pixels / 255 - 0.5, size).flatten(1)
+            sets.append((F.normalize(x), images.labels))
+        print(f"kNN on {name}: {knn.vote(*sets):.3f}")

@@ -30,11 +30,9 @@ TIMINGS = {"img_s", "data_frac", "mem_gb", "eta_s"}  # the keys of a log line th
 
 
 def small_args(script, flags=""):
-    """The arguments of a small run as the model gets them. --small-size goes with MultiCrop only."""
-    small = SMALL if "multicrop" in flags else SMALL.replace("--small-size 8 ", "")
-    args = script.parse_args(f"--data none {small} {SCRIPTS[script.METHOD]} {flags}".split())
-    args.autocast = {"bf16": torch.bfloat16}.get(args.amp)
-    args.peak_lr = args.lr * args.batch_size / 256
+    """The arguments of a small run as the model gets them."""
+    args = script.parse_args(f"--data none --amp off {SMALL} {SCRIPTS[script.METHOD]} {flags}".split())
+    script.check_flags(args)
     return args
 
 
@@ -56,11 +54,10 @@ def build(script, args):
 
 def views_of(script, args, step=0, images=None):
     """The views of a step, as the training loop makes them, and the generator left for the forward pass."""
-    plan, images, n = script.plan_views(args), images or small_images(), args.batch_size
-    steps = [(step, torch.arange(step * n, (step + 1) * n) % len(images))]
-    crops, _ = next(data.stream(images, script.planned_crops(plan), steps, args.seed, 0, 1, 0, torch.device("cpu")))
-    generator = rng(args.seed, "views", step)
-    return *script.make_views(plan, crops, n, generator, images.stats), generator
+    images, n = images or small_images(), args.batch_size
+    batches = [(step, torch.arange(step * n, (step + 1) * n) % len(images))]
+    (src, tgt), generator = next(script.views(args, images, batches, torch.device("cpu")))
+    return src, tgt, generator
 
 
 def class_tree(folder, n=64, sizes=(24,)):
@@ -108,12 +105,12 @@ class Pool:
         for process in self.workers:
             process.start()
 
-    def run(self, world, function, *args, timeout=240):
+    def run(self, world, function, *args, timeout=240, dtype=torch.float32):
         """function(*args) in each of world processes, with a launcher's environment if there are two or more:
         what they return, in order of rank. An exception there is raised here."""
         port, results, self.stderr = free_port(), {}, {}
         for r in range(world):
-            self.jobs[r].put((function, args, r, world, port))
+            self.jobs[r].put((function, args, r, world, port, dtype))
         for _ in range(world):
             try:
                 r, error, blob, self.stderr[r] = self.results.get(timeout=timeout)
@@ -139,10 +136,11 @@ def worker(jobs, results):
     sys.stdout = open(os.devnull, "w")
     while multiprocessing.parent_process().is_alive():
         try:
-            function, args, r, world, port = jobs.get(timeout=10)
+            function, args, r, world, port, dtype = jobs.get(timeout=10)
         except queue.Empty:
             continue
         sys.stderr = io.StringIO()
+        torch.set_default_dtype(dtype)
         names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
         if world > 1:
             os.environ.update(zip(names, map(str, (r, r, world, "127.0.0.1", port)), strict=True))

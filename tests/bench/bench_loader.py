@@ -10,15 +10,16 @@ import itertools
 import os
 from dataclasses import replace
 
+import bench
 import numpy as np
 import torch
-from bench import IMAGENET, PILImages, compare, machine, measure, photographs, photometric, pil_view, table
+from bench import compare, machine, measure, photographs, table
 from PIL import Image
 from pool import pictures
 from torchvision import transforms as T
 
 from common import augment, data
-from common.augment import rng
+from common.augment import View, rng
 
 LARGE, SMALL = (224, (0.2, 1.0)), (96, (0.05, 0.14))
 LARGE_MULTI = 224, (0.14, 1.0)  # the large crops' scale with MultiCrop
@@ -27,6 +28,9 @@ DESIGNS = {  # name: crops, ScaleMix, the ratio to reach
     "MultiCrop (2 + 6)": ([LARGE_MULTI] * 2 + [SMALL] * 6, False, 5), "MeanEnc 2 (3 crops)": ([LARGE] * 3, False, 4)}
 
 
+def crops_of(images, sizes):
+    """Ours: row -> the crops of an image, of these sizes and shares of the area."""
+    return data.Crops(images, [View(replace(augment.V2, scale=scale), size) for size, scale in sizes], seed=0)
 
 
 def loader(paths, repeats):
@@ -34,8 +38,8 @@ def loader(paths, repeats):
     collate, n = torch.utils.data.default_collate, len(paths)
     rows = [["worker ms per image, collation included", "PIL", "ours", "PIL / ours", "(range)", "reach"]]
     for name, (crops, mix, reach) in DESIGNS.items():
-        theirs = PILImages(paths, [pil_view(*crop) for crop in crops], mix)
-        ours = data.Crops(images, [data.Crop(*crop) for crop in crops], seed=0)
+        theirs = bench.PILImages(paths, [bench.pil_view(*crop) for crop in crops], mix)
+        ours = crops_of(images, crops)
         work = {"PIL": lambda theirs=theirs: collate([theirs[i] for i in range(n)]),
                 "ours": lambda ours=ours: collate([ours[0, i] for i in range(n)])}
         rows.append([name, *compare(measure(work, repeats), n), reach])
@@ -49,7 +53,7 @@ def large(repeats):
     """A camera's photograph, where few pixels of the file are needed."""
     path = photographs(None, 1, (3000, 4000))[0]
     images = data.Images(paths=np.array([os.fsencode(path)]))
-    ours, theirs = data.Crops(images, [data.Crop(*LARGE)] * 2, 0), PILImages([path], [pil_view(*LARGE)] * 2)
+    ours, theirs = crops_of(images, [LARGE] * 2), bench.PILImages([path], [bench.pil_view(*LARGE)] * 2)
     work = {"PIL": lambda: [theirs[0] for _ in range(5)], "ours": lambda: [ours[step, 0] for step in range(5)]}
     table([["worker ms per image of 4000 x 3000 pixels", "PIL", "ours", "PIL / ours", "(range)"],
            ["two views", *compare(measure(work, repeats), 5)]])
@@ -57,11 +61,11 @@ def large(repeats):
 
 def photometric_part(repeats):
     """What is left for the training device: jitter, grey, blur, flip, normalisation, float conversion."""
-    (mean, std), n, steps = map(torch.tensor, IMAGENET), 64, itertools.count()
+    (mean, std), n, steps = map(torch.tensor, bench.IMAGENET), 64, itertools.count()
     rows = [["photometric ms per view on the CPU", "PIL", f"ours, batch {n}", "PIL / ours", "(range)"]]
     for size, blur in ((32, False), (224, True)):
         recipe, x = replace(augment.V2, blur=0.5 * blur), pictures(n, size)
-        pil, transform = [Image.fromarray(v.permute(1, 2, 0).numpy()) for v in x], T.Compose(photometric(blur))
+        pil, transform = [Image.fromarray(v.permute(1, 2, 0).numpy()) for v in x], T.Compose(bench.photometric(blur))
         work = {"PIL": lambda pil=pil, transform=transform: torch.stack([transform(image) for image in pil]),
                 "ours": lambda x=x, recipe=recipe: augment.augment(
                     x.float() / 255, recipe, augment.draw(recipe, n, rng(0, next(steps))), mean, std)}

@@ -8,49 +8,38 @@ last one, the rival at zero. "differ": the largest difference between the accura
 
 import argparse
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from bench import compare, machine, measure, table
 
 import linear_probe as probe
-import mocov2_asym as script
-from common import data
+from common import data, resnet
 
 LRS = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]
 
 
-class NoRun:
-    """A run that writes nothing."""
-
-    def restore(self, *a):
-        return None
-
-    def save(self, *a):
-        pass
-
-    def log(self, entry, show=True):
-        pass
-
-    def forget(self, repeated):
-        pass
+# a probe that writes nothing
+probe.load = probe.save = probe.log = lambda *args, **more: None
 
 
 def sweep(n, epochs, repeats):
     """The demo recipe's network as initialised, on n demo images of 32 px: the least that a pass can cost."""
-    args = SimpleNamespace(protocol="sgd", batch_size=64, epochs=epochs, schedule="cosine", seed=0, place=torch.device("cpu"), workers=0,
-                           signal=0)
+    args = SimpleNamespace(protocol="sgd", batch_size=64, epochs=epochs, schedule="cosine", seed=0, workers=0,
+                           device=torch.device("cpu"))
     images, _, test = data.load("demo")
     images, test = images[range(n)], test[range(256)]
     torch.manual_seed(0)
-    flags = script.parse_args([])
-    net = probe.Frozen(script.build_backbone(flags, torch.nn.BatchNorm2d)[0], 32, False, *data.HALF)
-    task = probe.Task("demo", "top-1", 10, images.labels, torch.arange(0), test.labels)
-    test_x, features = probe.encode(args, net, test, False), probe.fresh(args, net, images)
+    backbone, _ = resnet.build("tiny", 32, torch.nn.BatchNorm2d)
+    net = probe.Frozen(backbone, 32, False, *data.HALF)
+    task = SimpleNamespace(name="demo", metric="top-1", classes=10, labels=images.labels, x=None)
+    test_x = probe.encode(args, net, test, False)
+    features = partial(probe.fresh, args, net, images)
     found = {}
 
     def train(lrs):
-        return probe.train(args, NoRun(), task, features, "search", lrs, torch.arange(n), test_x, test.labels)
+        return probe.train(args, task, features, "search", lrs, torch.arange(n), test_x, test.labels)
 
     def ten_runs():
         found["rival"] = {lr: train([lr])[lr] for lr in LRS}

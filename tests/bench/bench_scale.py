@@ -19,7 +19,6 @@ from pathlib import Path
 from bench import ROOT, machine, measure, table
 from bench_step import Stepper
 
-import mocov2_asym as script
 from common import data
 
 
@@ -93,7 +92,7 @@ def paths(args):
             images = data.scan(folder)
             scanned = time.perf_counter() - begun
             begun = time.perf_counter()
-            next(iter(script.global_batches(n, min(n, 256), 0, 0, 1)))
+            next(iter(data.global_batches(n, min(n, 256), 0, 0, 1)))
             ordered = time.perf_counter() - begun
             kept = images.paths.nbytes + (images.labels.nbytes if images.labels is not None else 0)
             tracemalloc.start()  # makes it slower, so once more

@@ -14,7 +14,6 @@ from pool import pictures
 
 import mocov2_asym as script
 from common import data
-from common.augment import rng
 
 
 class PILArrays(torch.utils.data.Dataset):
@@ -42,9 +41,8 @@ def main():
             return torch.utils.data.default_collate([theirs[i] for i in range(batch)])
 
         def ours(batch=batch):
-            step = next(steps)
-            crops, _ = next(data.stream(images, script.planned_crops(plan), [(step, torch.arange(batch))], 0, 0, 1, 0, "cpu"))
-            return script.make_views(plan, crops, batch, rng(0, "views", step), images.stats)
+            batches = [(next(steps), torch.arange(batch))]
+            return next(data.stream(images, plan, batches, 0, 0, 1, 0, "cpu"))
 
         a, b, *ratio = compare(measure({"PIL": pil, "ours": ours}, args.repeats), 2 * batch, digits=6)
         rows.append([f"batch {batch}", f"{1 / float(b):.2f}", f"{1 / float(a):.2f}", *ratio, 7])

@@ -9,7 +9,8 @@
 source forward and backward, target forward. Everything else is overhead: crops and augmentation of images in memory
 (crops and views), the target's EMA, virtual-device BatchNorm, loss, queue and shuffle (the method), optimiser and logging.
 A step is taken apart as train() takes it; on a GPU by waiting for the device after each part, and "waits" counts
-the places in a step without logging at which the host waits for the device."""
+the places in a step without logging at which the host waits for the device. "views ops" and "step ops" count the
+operations that torch dispatches for the views and for the whole of such a step: on a GPU about as many kernels."""
 
 import argparse
 import copy
@@ -23,13 +24,27 @@ import torch
 import torch.nn.functional as F
 from bench import machine, measure, table
 from pool import SCRIPTS, pictures
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import data
+from common import augment, data
 from common.augment import rng
 
 DESIGNS = ("", "--multicrop-src", "--scalemix-src", "--asym-aug", "--aug-src strong", "--asym-bn", "--mean-enc 2",
            "--multicrop-src --asym-bn --mean-enc 2")
 PARTS = ("crops", "views", "EMA", "method", "optimiser", "logging")
+EVERY = slice(None)  # of the global batch: there is one process
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that are dispatched within it, but those that only look at a tensor in another way."""
+
+    def __enter__(self):
+        self.n = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += not function.is_view
+        return function(*args, **kwargs or {})
 
 
 class Stepper:
@@ -39,18 +54,16 @@ class Stepper:
         self.script, self.device = importlib.import_module(name), torch.device(cli.device)
         batch = ["--batch-size", str(cli.batch_size)] if cli.batch_size else []
         self.args = a = self.script.parse_args(["--data", "none", "--recipe", cli.recipe, *batch, *flags.split()])
-        a.autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cli.amp]
-        a.peak_lr = a.lr * a.batch_size / 256
+        a.amp = cli.amp
         torch.manual_seed(0)
         self.model = self.script.Method(a).to(self.device)
         if cli.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = self.script.Method.optimizer(a, self.model)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cli.amp == "fp16")
         self.images = data.Images(pictures(2 * a.batch_size, 32 if a.img_size <= 64 else a.img_size), stats=data.HALF)
         self.plan, self.steps, self.layout = self.script.plan_views(a), itertools.count(), cli.channels_last
         steps = ((s, torch.arange(a.batch_size) + s % 2 * a.batch_size) for s in itertools.count())
-        self.stream = data.stream(self.images, self.script.planned_crops(self.plan), steps, 0, 0, 1, 0, self.device)
+        self.crops = data.crop(self.images, augment.crops_of(self.plan), steps, 0, EVERY, 0, self.device)
         self.seconds, self.mark = {part: [] for part in ("views", "crops", "EMA", "rest", "optimiser", "logging")}, 0.0
         self.views = self.make_views(0)
         self.plain, self.grouped = copy.deepcopy(self.model), copy.deepcopy(self.model)
@@ -64,11 +77,12 @@ class Stepper:
         self.mark = now
 
     def make_views(self, step):
+        """What data.stream() does, in two parts."""
         self.lap(None)
-        crops, _ = next(self.stream)
+        crops = next(self.crops)
         self.lap("crops")
         generator = rng(0, "views", step)
-        sides = self.script.make_views(self.plan, crops, self.args.batch_size, generator, self.images.stats)
+        sides = augment.make_views(self.plan, crops, self.args.batch_size, generator, self.images.stats, EVERY)
         if self.layout:
             sides = [[[x.contiguous(memory_format=torch.channels_last) for x in bag] for bag in bags] for bags in sides]
         self.lap("views")
@@ -76,28 +90,38 @@ class Stepper:
 
     def step(self):
         """What train() does between two lines of its log, and the logging's share of one step."""
-        step = next(self.steps)
-        src, tgt, generator = self.make_views(step)
+        src, tgt, generator = self.make_views(next(self.steps))
         self.script.update_target(self.model.target, self.model.source, 0.99)  # forward() does it once more, below
         self.lap("EMA")
+        loss, spreads = self.learn(src, tgt, generator)
+        self.lap("rest")
+        self.optimizer.step()
+        self.lap("optimiser")
+        self.script.numbers(self.model, loss, spreads)
+        self.lap("logging")
+
+    def learn(self, src, tgt, generator):
         loss, spreads = self.model(src, tgt, 0.99, generator)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.lap("rest")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.lap("optimiser")
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        [x.item() for x in (loss, *spreads.values(), torch.nn.utils.get_total_norm(grads))]
-        self.lap("logging")
+        loss.backward()
+        return loss, spreads
+
+    def operations(self):
+        """How many a step without logging dispatches: for its views, and in all."""
+        with Count() as views:
+            sides = self.make_views(0)
+        with Count() as rest:
+            self.learn(*sides)
+            self.optimizer.step()
+        return views.n, views.n + rest.n
 
     def networks(self, model):
         """The networks' own work on this step's views; with self.plain without virtual devices."""
         src, tgt, _ = self.views
         predictor = getattr(model, "predictor", torch.nn.Identity())
-        z = [predictor(model.source(torch.cat(bag))) for bag in src]
+        z = [predictor(z) for z in model.source(src)]
         with torch.no_grad():
-            [model.target(torch.cat(bag)) for bag in tgt]
+            model.target(tgt)
         model.zero_grad()
         sum(x.square().mean() for x in z).backward()
         clock(self.device)
@@ -109,17 +133,16 @@ class Stepper:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            crops, _ = next(self.stream)
             generator = rng(0, "views", 0)
-            sides = self.script.make_views(self.plan, crops, self.args.batch_size, generator, self.images.stats)
-            self.model(*sides, 0.99, generator)[0].backward()
+            crops = next(self.crops)
+            sides = augment.make_views(self.plan, crops, self.args.batch_size, generator, self.images.stats, EVERY)
+            self.learn(*sides, generator)
             self.optimizer.step()
             torch.cuda.set_sync_debug_mode("default")
         return sum("synchron" in str(w.message) for w in caught)
 
 
 def torch_batch_norm(bn, x):
-    bn.num_batches_tracked.add_(1)
     return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
 
 
@@ -145,7 +168,7 @@ def row(name, flags, cli):
     step, groups = statistics.median(whole), s.args.bn_groups
     return [f"{name.removesuffix('_asym')} {flags}".strip(), s.args.batch_size, f"{s.args.batch_size / step:.0f}",
             f"{1e3 * step:.0f}", *(f"{x:.1%}" for x in shares), f"{statistics.median(overhead):.1%}",
-            f"({overhead[0]:.0%} to {overhead[-1]:.0%})", f"{bn:.2f}" if groups > 1 else "1 group", s.waits()]
+            f"({overhead[0]:.0%} to {overhead[-1]:.0%})", f"{bn:.2f}" if groups > 1 else "1 group", s.waits(), *s.operations()]
 
 
 def main():
@@ -156,7 +179,7 @@ def main():
     p.add_argument("--recipe", choices=("demo", "small", "imagenet"), default="demo")
     p.add_argument("--batch-size", type=int, help="default: the recipe's")
     p.add_argument("--device", default="cpu")
-    p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
+    p.add_argument("--amp", choices=("off", "bf16"), default="off")
     p.add_argument("--channels-last", action="store_true", help="networks and views in channels-last layout")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--repeats", type=int, default=21)
@@ -164,7 +187,7 @@ def main():
     machine(cli.threads, cli.device)
     if cli.channels_last or cli.amp != "off":
         print(f"amp {cli.amp}{', channels-last' * cli.channels_last}; compare with a run without\n")
-    rows = [[f"{cli.recipe} recipe", "batch", "img/s", "ms", *PARTS, "overhead", "(range)", "BN", "waits"]]
+    rows = [[f"{cli.recipe} recipe", "batch", "img/s", "ms", *PARTS, "overhead", "(range)", "BN", "waits", "views ops", "step ops"]]
     for name in cli.scripts:
         for design in DESIGNS if cli.designs else ("",):
             groups = "--bn-groups 8" if "bn" in design and name != "mocov2_asym" else ""

@@ -107,7 +107,7 @@ def train(cell, seed, args, run):
         raise Failed(f"study: {out} ended with values that are not finite: {last}; remove that folder to run it anew")
     return {"script": cell.script, "flags": cell.flags, "seed": seed, "linear": linear, "knn": 100 * log[-1]["knn"], **last,
             "steps": log[-1]["step"], "seconds": round(time.time() - begun), "command": f"python {line}",
-            "probe": "python linear_probe.py RUN --max-iter 30", "commit": version, "versions": log[0]["versions"]}
+            "probe": "python linear_probe.py RUN --max-iter 30", "commit": version, "versions": {"torch": log[0]["torch"]}}
 
 
 def commit(script):
@@ -130,13 +130,13 @@ def variances_on_baseline(cell, seed, args):
     script, data = importlib.import_module(cell.script), importlib.import_module("common.data")
     torch.set_num_threads(1)
     flags = script.parse_args(shlex.split(command(cell, seed, args.recipe, args.data))[1:])
-    flags.autocast, flags.peak_lr = None, flags.lr * flags.batch_size / 256
+    flags.workers = 0
     model = script.Method(flags)
     model.load_state_dict(torch.load(folder(cell.script, cell.base, seed, args) / "last.pt", weights_only=True)["model"])
     model.target.load_state_dict(model.source.state_dict())
     images, _, _ = data.load(flags.data, flags.data_root)
     with torch.no_grad():
-        return script.variances(flags, model, script.plan_views(flags), images, torch.device("cpu"))
+        return script.variances(flags, model, images, torch.device("cpu"))
 
 
 def more(cell, seed, line, args, run):

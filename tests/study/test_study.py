@@ -14,10 +14,11 @@ import zlib
 from pathlib import Path
 
 import pytest
+import report
+import study
+import tables
 from pool import ROOT, class_tree
 
-sys.path.append(str(ROOT / "tests" / "study"))
-study, report, tables = (importlib.import_module(name) for name in ("study", "report", "tables"))
 SEC4, COMPOSITIONS, TABLES = tables.SEC4, tables.COMPOSITIONS, tables.tables("micro")
 
 
@@ -44,7 +45,7 @@ def test_every_cell_is_a_command_that_the_script_takes(name, recipe):
     for cell in tables.tables(recipe)[name]:
         script = importlib.import_module(cell.script)
         args = script.parse_args(study.command(cell, 3, recipe, "demo").split()[1:])
-        script.check_flags(args, 1)
+        script.check_flags(args)
         assert args.seed == 3
 
 
@@ -193,7 +194,8 @@ def test_figures(tmp_path):
     """All tables draw, whole, in part, and of one seed."""
     pytest.importorskip("matplotlib")
     for name, cells in TABLES.items():
-        for i, runs in enumerate((fakes(cells, 2), fakes(cells, 1), fakes(cells[: len(cells) // 2 + 1], 2))):
+        variants = fakes(cells, 2), fakes(cells, 1), fakes(cells[: len(cells) // 2 + 1], 2)
+        for i, runs in enumerate(variants if name in ("compositions", "longer") else variants[-1:]):
             for r in list(runs.values())[::2]:
                 r["v_base"] = {"v_src": 1.0, "v_tgt": 2.0}
             report.report(name, cells, cells, runs, tmp_path / f"{i}", argparse.Namespace(data="demo", recipe="micro"))
@@ -306,6 +308,7 @@ def test_folders_are_written_as_seen_from_the_repository(tmp_path, monkeypatch):
 TINY = ("--recipe demo --img-size 16 --batch-size 16 --hidden 16 --queue 16 --workers 0", 2, "--small-size 8")
 
 
+@pytest.mark.slow
 def test_one_run(tmp_path, monkeypatch):
     """Trained, probed and recorded by the scripts' own command lines; the second time it is there."""
     monkeypatch.setitem(tables.RECIPES, "micro", TINY)
@@ -322,13 +325,14 @@ def test_one_run(tmp_path, monkeypatch):
     assert 0 <= of_base["untrained"] <= 100 and "untrained" not in of_mean and not study.more(SEC4[0], 1, of_base, args, run)
     log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     assert line["steps"] == 8 and line["knn"] == 100 * log[-1]["knn"] and line["v_src"] == log[-1]["v_src"] > 0
-    assert 0 <= line["linear"] <= 100 and log[0]["args"]["small_size"] == 8 and log[0]["args"]["seed"] == 1
+    assert 0 <= line["linear"] <= 100 and log[0]["small_size"] == 8 and log[0]["seed"] == 1
     assert line["commit"] is None or re.fullmatch("[0-9a-f]{7,}(-dirty)?", line["commit"])
-    monkeypatch.setitem(tables.RECIPES, "micro", ("--recipe demo --img-size 7", 1, ""))
-    with pytest.raises(study.Failed, match="this command failed, exit code 2(.|\n)*views of 7 px are too small"):
+    monkeypatch.setitem(tables.RECIPES, "micro", ("--recipe demo --img-size 16 --batch-size 9", 1, ""))
+    with pytest.raises(study.Failed, match="this command failed, exit code 2(.|\n)*--batch-size 9 does not divide"):
         study.train(cell, 2, args, run)
 
 
+@pytest.mark.slow
 def test_a_study_that_is_ended_ends_its_runs(tmp_path):
     """SIGTERM: the run that is going on saves and ends, none begins, and the study ends after it."""
     code = (f"import sys; sys.path.append({str(ROOT / 'tests' / 'study')!r}); import pathlib, study, tables; "
@@ -345,18 +349,19 @@ def test_a_study_that_is_ended_ends_its_runs(tmp_path):
     assert (log.parent / "last.pt").exists() and [p.name for p in log.parent.parent.iterdir()] == [log.parent.name]
 
 
-def test_the_readme_and_the_report_are_of_these_results(monkeypatch, capsys):
-    """results/report.md is what the README's commands print, and the README's tables and counts are in it."""
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## The paper's tables at small scale") : readme.index("## Measured here: the demo")]
+def test_the_pages_and_the_report_are_of_these_results(monkeypatch, capsys):
+    """results/report.md is what the pages' commands print, and the pages' tables and counts are in it."""
+    pages = "\n".join(page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.chdir(ROOT)
-    for line in section.splitlines():
-        if "--report" in line and line.startswith("python"):
+    for line in dict.fromkeys(pages.splitlines()):
+        if "--report" in line and line.startswith("python tests/study/study.py"):
             study.main(shlex.split(line, comments=True)[2:])
     written = (ROOT / "tests" / "study" / "results" / "report.md").read_text()
     assert written == capsys.readouterr().out
     whole = lambda text: re.findall(r"(?:^\|.*\n)+", text, re.M)  # tables
-    assert len(whole(section)) > 4 and not [table for table in whole(section) if table not in whole(written)]
-    for block in re.findall("```text\n(.*?)```", section, re.S):
-        assert not [line for line in block.splitlines() if line not in written.splitlines()]
+    shown = [table for table in whole(pages) if table.startswith(("| row | cell | paper |", "| design | paper | linear ±"))]
+    assert shown and not [table for table in shown if table not in whole(written)]
+    for block in re.findall("```text\n(.*?)```", pages, re.S):
+        if "signs agree with the paper" in block:
+            assert not [line for line in block.splitlines() if line not in written.splitlines()]
