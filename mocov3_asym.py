@@ -895,7 +895,12 @@ def child(index, work, args, port):
                       LOCAL_WORLD_SIZE=str(args.nproc), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     torch.set_num_threads(max(1, CORES // args.nproc))
-    guarded(work, args)
+    code = 0
+    try:
+        guarded(work, args)
+    except SystemExit as e:
+        code = e.code
+    sys.exit(code)  # not from within, where loader workers are still held and waited for
 
 
 def guarded(work, args):

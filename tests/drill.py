@@ -1,156 +1,261 @@
-"""What ends a run, with real processes and real signals: after each fault the same command continues, and must end with
-the weights, optimiser and log of an undisturbed run, bit for bit (running statistics of two processes: to rounding).
+"""Real processes and real signals: what ends a run. After each fault the same command continues,
+and must end with the weights, the optimiser's state and the log of an undisturbed run.
 
-    python tests/drill.py [--script byol_asym]       prints a table, fault | launcher | tries | outcome
+    python tests/drill.py [--script byol_asym]        a table: fault | launcher | outcome
 
-Faults: SIGTERM, SIGUSR1 and Ctrl-C finish the step, save and exit with 128 + the signal's number (torchrun itself exits with
-1 then); kill -9 at random moments loses at most --save-every; a process that dies under torchrun is restarted.
+tests/test_faults.py has the same faults in short, and these as slow tests. Needs Linux (/proc).
 """
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
-from pool import ROOT, SCRIPTS, SMALL, class_tree, free_port, log_lines, saved, tensors  # noqa: E402
+from pool import ROOT, SCRIPTS, SMALL, class_tree, free_port, log_lines, saved, tensors  # noqa
 
-STEPS, EPOCH = 16, 4
-QUICK = (f"{SMALL.replace('--batch-size 16', '--batch-size 8').replace('--workers 0', '--workers 1')} --epochs {STEPS // EPOCH} "
-         "--bn-groups 4 --knn-every 0 --log-every 1 --warmup-epochs 0")
-LAUNCHERS = {"python": ([], []), "--nproc 2": ([], ["--nproc", "2"]),
-             "torchrun": ("-m torch.distributed.run --nproc_per_node 2 --max-restarts {restarts} --master_port {port}".split(), [])}
+EPOCH = 4  # steps
+FLAGS = SMALL.replace("16 --bn-groups 8 --workers 0", "8 --bn-groups 4 --workers 1")
+FLAGS += " --knn-every 0 --log-every 1 --warmup-epochs 0"
+TORCHRUN = ("-m torch.distributed.run --nproc_per_node 2 --max-restarts 3 --master_addr 127.0.0.1 "
+            "--master_port {port} --signals_to_handle SIGTERM,SIGINT,SIGUSR1")
+LAUNCHERS = "python", "--nproc 2", "torchrun"
+SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+
+
+class Fork(multiprocessing.get_context("fork").Process):
+    """A script's main() in a fork of this process, as good as a new interpreter for what comes
+    after the imports. pair: in two forks of the fork, which is then the least of launchers and
+    ends with the exit code of the first that fails."""
+
+    def __init__(self, words, file, pair):
+        super().__init__(target=self.body, args=(words, file, pair))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of threads, from Python 3.12 on
+            self.start()
+
+    def body(self, words, file, pair):
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        sys.stdout, sys.stderr = (open(i, "w", buffering=1, closefd=False) for i in (1, 2))
+        sys.argv = words
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if pair and (codes := self.launch()):
+            sys.exit(next((code if code > 0 else 128 - code for code in codes if code), 0))
+        code = 0
+        try:
+            importlib.import_module(Path(words[0]).stem).main()
+        except SystemExit as e:
+            code = e.code
+        sys.exit(code)  # when what the script held is gone, as a new interpreter does
+
+    def launch(self):
+        """The exit codes of two forks; in these, None."""
+        os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(free_port()))
+        for rank in ("0", "1"):
+            if not os.fork():
+                os.environ.update(RANK=rank, LOCAL_RANK=rank)
+                return None
+        return [os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]) for _ in range(2)]
+
+    def wait(self, timeout):
+        self.join(timeout)
+        assert self.exitcode is not None, "it hangs"
+        return self.exitcode
+
+    def poll(self):
+        return self.exitcode
+
+
+class Command:
+    """A run in a session of its own. how: fork, pair (two forks), or one of LAUNCHERS."""
+
+    def __init__(self, place, out, how="fork", flags="--epochs 2"):
+        script = str(ROOT / f"{place.script}.py")
+        line = f"--data {place.images} --out {out} {FLAGS} {SCRIPTS[place.script]} {flags}"
+        self.out, self.how, self.file = Path(out), how, Path(f"{out}.{time.time_ns()}.txt")
+        with open(self.file, "w") as file:
+            if how in ("fork", "pair"):
+                self.process = Fork([script, *line.split()], file, how == "pair")
+                return
+            launcher = TORCHRUN.format(port=free_port()).split() if how == "torchrun" else []
+            words = [sys.executable, *launcher, script, *line.split()]
+            words += how.split() if how == "--nproc 2" else []
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+            self.process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=env,
+                                            cwd=ROOT, start_new_session=True)
+
+    def said(self):
+        return self.file.read_text()
+
+    def wait(self, timeout=300):
+        """The exit code. Fails if the command hangs, or leaves processes behind."""
+        code, end = self.process.wait(timeout), time.time() + 60
+        while time.time() < end:
+            try:
+                os.killpg(self.process.pid, 0)
+            except ProcessLookupError:
+                return code
+            time.sleep(0.02)
+        raise AssertionError("it left processes behind")
+
+    def until(self, step, timeout=300):
+        """Waits for a step in the log; fails if the command ends before."""
+        end = time.time() + timeout
+        while last_step(self.out) < step:
+            assert self.process.poll() is None and time.time() < end, self.said()[-3000:]
+            time.sleep(0.01)
+
+    def children(self):
+        pid = self.process.pid
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+    def kill(self):
+        """kill -9 to all; torchrun's children have sessions of their own."""
+        for pid in [*self.children(), self.process.pid] if self.how == "torchrun" else ():
+            os.killpg(pid, signal.SIGKILL)
+        if self.how != "torchrun":
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.wait()
 
 
 class Place:
-    """A folder with images of several sizes, which workers decode at each step, and an undisturbed run."""
+    """A folder with images of several sizes, which workers decode at each step, and runs."""
 
     def __init__(self, folder, script="mocov2_asym"):
-        self.folder, self.script, self.wholes = Path(folder), script, {}
+        self.folder, self.script, self.number, self.wholes = Path(folder), script, 0, {}
         self.images = class_tree(self.folder / "images", 8 * EPOCH, sizes=(20, 24, 31))
 
-    def start(self, out, launcher="python", restarts=0):
-        before, after = LAUNCHERS[launcher]
-        before = [word.format(restarts=restarts, port=free_port()) for word in before]
-        line = f"--data {self.images} --out {out} {QUICK} {SCRIPTS[self.script]}"
-        words = [sys.executable, *before, str(ROOT / f"{self.script}.py"), *line.split(), *after]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                start_new_session=True)
+    def new(self):
+        self.number += 1
+        return self.folder / f"run{self.number}"
 
-    def whole(self, launcher):
-        world = 1 if launcher == "python" else 2
-        if world not in self.wholes:
-            out = self.folder / f"whole{world}"
-            text, code = finish(self.start(out, launcher))
-            assert code == 0, text
-            self.wholes[world] = out
-        return self.wholes[world]
+    def complete(self, out, how="fork", flags="--epochs 2"):
+        """Runs a command to its end, and returns what it said."""
+        command = Command(self, out, how, flags)
+        assert command.wait() == 0, command.said()[-3000:]
+        return command.said()
 
-    def complete(self, out, launcher):
-        """The same command again, to the end; then all is as if nothing had happened."""
-        text, code = finish(self.start(out, launcher))
-        assert code == 0, text
-        a, b = tensors(saved(self.whole(launcher))), tensors(saved(out))
-        assert a.keys() == b.keys() and saved(out)["step"] == STEPS
-        for k in a:  # running statistics are averaged over processes at each save, and so rounded at other times
-            close = torch.allclose(a[k].double(), b[k].double(), 1e-4, 1e-6) if "running_" in k else torch.equal(a[k], b[k])
-            assert close or k.startswith("/args"), k
-        assert log_lines(self.whole(launcher)) == log_lines(out)
+    def continues(self, out, how="fork", flags="--epochs 2"):
+        """The same command again, to the end: then all is as if nothing had happened."""
+        self.complete(out, how, flags)
+        world = 1 if how in ("fork", "python") else 2
+        if (world, flags) not in self.wholes:
+            self.wholes[world, flags] = self.new()
+            self.complete(self.wholes[world, flags], ("fork", "pair")[world - 1], flags)
+        same(out, self.wholes[world, flags], world)
 
 
-def finish(process, seconds=240):
-    text, _ = process.communicate(timeout=seconds)
-    return text, process.returncode
+def same(a, b, processes):
+    """Two runs left the same, bit for bit; but running statistics become means over processes when
+    they are saved, and these are equal up to rounding then."""
+    assert log_lines(a) == log_lines(b)
+    a, b = tensors(saved(a)), tensors(saved(b))
+    assert a.keys() == b.keys() and len(a) > 100
+    for k in a:
+        rounded = processes > 1 and "running_" in k
+        equal = torch.allclose(a[k], b[k], 1e-5, 1e-6) if rounded else torch.equal(a[k], b[k])
+        assert equal or k.startswith("/args"), k
 
 
-def step_of(out):
-    """The last step in the log, or -1."""
+def last_step(out):
+    """The last whole line's step in log.jsonl, as found while the run goes on; or 0."""
     try:
-        return json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1]).get("step", 0)
-    except (OSError, ValueError, IndexError):
-        return -1
+        log = Path(out, "log.jsonl").read_text()
+        return int(re.findall(r'\n\{"step": (\d+),.*\}(?=\n)', log)[-1])
+    except (OSError, IndexError):
+        return 0
 
 
-def await_step(process, out, step, seconds=120):
-    end = time.time() + seconds
-    while step_of(out) < step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.time() < end, "no progress"
-        time.sleep(0.02)
+def sound(out):
+    """last.pt and the backbones are absent or whole, at any time; the step of last.pt, or 0."""
+    for path in Path(out).glob("*.pth"):
+        torch.load(path, weights_only=True)
+    state = saved(out) if Path(out, "last.pt").exists() else {"step": 0}
+    assert Path(out, "log.jsonl").exists() or not state["step"]
+    return state["step"]
 
 
-def signalled(place, out, launcher, number):
-    """A signal to the launcher, or, as a terminal and schedulers do, to all of its processes."""
-    process = place.start(out, launcher)
-    await_step(process, out, 6)
-    if launcher == "--nproc 2":
-        process.send_signal(number)
-    else:
-        os.killpg(process.pid, number)
-    text, code = finish(process)
-    assert code == (128 + number if launcher != "torchrun" else 1) or launcher == "torchrun" and code != 0, (code, text)
-    assert 6 <= saved(out)["step"] < STEPS and f"saved step {saved(out)['step']}" in text, text
-    place.complete(out, launcher)
+# ---- faults: each takes a place and a launcher, and returns what came of it ----
 
 
-def killed(place, out, launcher, seed=0):
-    """kill -9 to all processes at random moments, until a run gets through; last.pt loads at any time."""
-    generator, kills, before = random.Random(seed), 0, 0
-    while True:
-        process = place.start(out, launcher)
-        try:
-            process.communicate(timeout=generator.uniform(5, 12))
-            assert process.returncode == 0
-            break
-        except subprocess.TimeoutExpired:
-            logged = step_of(out)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            kills += 1
-        step = saved(out)["step"] if (Path(out) / "last.pt").exists() else 0
-        assert step >= max(before, logged // EPOCH * EPOCH - EPOCH), "more than --save-every is lost"
-        before = step
-        assert kills < 60
-    place.complete(out, launcher)
-    return kills
+def signalled(place, how, number):
+    """Ctrl-C goes to all processes of a terminal, the others to the launcher."""
+    out, flags = place.new(), "--epochs 25"
+    command = Command(place, out, how, flags)
+    command.until(6)
+    (os.killpg if number == signal.SIGINT else os.kill)(command.process.pid, number)
+    code, step = command.wait(), sound(out)
+    assert 6 <= step == last_step(out) < 25 * EPOCH, command.said()[-3000:]
+    assert f"saved step {step}" in command.said(), command.said()[-3000:]
+    assert code == 1 if how == "torchrun" else code == 128 + number, (code, command.said())
+    assert how == "torchrun" or "Traceback" not in command.said(), command.said()
+    place.continues(out, how, flags)
+    return f"saved step {step}, exit code {code}, continued"
 
 
-def restarted(place, out):
+def killed(place, how, kills, seed=0):
+    """kill -9 at random moments: no more is lost than --save-every, and last.pt always loads."""
+    dice, out, flags, step = random.Random(seed), place.new(), f"--epochs {2 * kills + 2}", 0
+    for _ in range(kills):
+        command = Command(place, out, how, flags)
+        command.until(step + dice.randrange(1, 2 * EPOCH))
+        time.sleep(0.1 * dice.random())
+        command.kill()
+        logged, before, step = last_step(out), step, sound(out)
+        assert step >= before and step > logged - 1 - EPOCH, (before, step, logged)
+    place.continues(out, how, flags)
+    return f"{kills} kills, {2 * EPOCH * (kills + 1)} steps"
+
+
+def restarted(place, how):
     """torchrun starts all processes again when one dies."""
-    process = place.start(out, "torchrun", restarts=2)
-    await_step(process, out, 6)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    text, code = finish(process)
-    assert code == 0 and "resuming at step 4" in text, text
-    place.complete(out, "torchrun")
+    out, flags, step = place.new(), "--epochs 25", 6
+    command = Command(place, out, how, flags)
+    for child in (0, 1):
+        command.until(step)
+        os.kill(command.children()[child], signal.SIGKILL)
+        step += 20
+    assert command.wait() == 0, command.said()[-3000:]
+    assert command.said().count("resuming at step") == 2, command.said()[-3000:]
+    place.continues(out, how, flags)
+    return "restarted twice"
+
+
+FAULTS = [(signalled, how, number) for how in LAUNCHERS for number in SIGNALS]
+FAULTS += [(killed, "fork", 20), (killed, "--nproc 2", 5), (killed, "torchrun", 5)]
+FAULTS += [(restarted, "torchrun")]
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--script", choices=SCRIPTS, default="mocov2_asym")
-    place = Place(tempfile.mkdtemp(), p.parse_args().script)
-    jobs = [(f"{n.name}", launcher, lambda out, a=launcher, n=n: signalled(place, out, a, n))
-            for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) for launcher in LAUNCHERS]
-    jobs += [("kill -9", launcher, lambda out, a=launcher: killed(place, out, a)) for launcher in LAUNCHERS]
-    jobs += [("a dead process", "torchrun --max-restarts 2", lambda out: restarted(place, out))]
-    for i, (fault, launcher, job) in enumerate(jobs):
+    place, failed = Place(tempfile.mkdtemp(), p.parse_args().script), 0
+    for fault, how, *more in FAULTS:
+        name = " ".join([fault.__name__, *(n.name for n in more if n in SIGNALS)])
         try:
-            kills = job(place.folder / str(i))
-            outcome = "continued, bit-equal" + (f" after {kills} kills" if kills else "")
-        except AssertionError as e:
-            outcome = f"FAILED: {str(e)[-300:]}"
-        print(f"| {fault} | {launcher} | {outcome} |", flush=True)
+            outcome = fault(place, how, *more)
+        except Exception as e:
+            outcome, failed = f"FAILED: {type(e).__name__} {json.dumps(str(e)[-800:])}", 1
+        print(f"| {name} | {how} | {outcome} |", flush=True)
     shutil.rmtree(place.folder)
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":

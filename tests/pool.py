@@ -1,4 +1,4 @@
-"""What several tests share: flags and images of tiny runs, the views of a step, a pool of processes."""
+"""What several tests share: flags and images of tiny runs, a step's views, a pool of processes."""
 
 import importlib
 import io
@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,17 +22,20 @@ from common import data
 from common.augment import rng
 
 ROOT = Path(__file__).resolve().parent.parent
+HEADS = "--hidden 32 --dim 16"
 SCRIPTS = {  # the six, and what makes each one small
-    "mocov2_asym": "--queue 40 --hidden 32 --dim 16", "mocov3_asym": "--hidden 32 --dim 16",
-    "simclr_asym": "--hidden 32 --dim 16", "byol_asym": "--hidden 32 --dim 16", "simsiam_asym": "--layers 2 --hidden 8 --dim 16",
-    "barlow_asym": "--layers 2 --hidden 32 --dim 16"}
-SMALL = "--recipe small --arch tiny --img-size 16 --small-size 8 --batch-size 16 --bn-groups 8 --workers 0"
-TIMINGS = {"img_s", "data_frac", "mem_gb", "eta_s"}  # the keys of a log line that two runs need not share
+    "mocov2_asym": f"--queue 40 {HEADS}", "mocov3_asym": HEADS, "simclr_asym": HEADS,
+    "byol_asym": HEADS, "simsiam_asym": "--layers 2 --hidden 8 --dim 16",
+    "barlow_asym": f"--layers 2 {HEADS}"}
+SMALL = ("--recipe small --arch tiny --img-size 16 --small-size 8 --batch-size 16 --bn-groups 8 "
+         "--workers 0")
+TIMINGS = {"img_s", "data_frac", "mem_gb", "eta_s"}  # in which lines of equal runs may differ
 
 
 def small_args(script, flags=""):
     """The arguments of a small run as the model gets them."""
-    args = script.parse_args(f"--data none --amp off {SMALL} {SCRIPTS[script.METHOD]} {flags}".split())
+    flags = f"--data none --amp off {SMALL} {SCRIPTS[script.METHOD]} {flags}"
+    args = script.parse_args(flags.split())
     script.check_flags(args)
     return args
 
@@ -44,7 +48,8 @@ def pictures(n, size=24):
 
 
 def small_images(n=48):
-    return data.Images(pictures(n), labels=torch.arange(n) % 3, classes=("a", "b", "c"), stats=data.HALF)
+    labels = torch.arange(n) % 3
+    return data.Images(pictures(n), labels=labels, classes=("a", "b", "c"), stats=data.HALF)
 
 
 def build(script, args):
@@ -53,7 +58,7 @@ def build(script, args):
 
 
 def views_of(script, args, step=0, images=None):
-    """The views of a step, as the training loop makes them, and the generator left for the forward pass."""
+    """A step's views, as the training loop makes them, and the generator for the forward pass."""
     images, n = images or small_images(), args.batch_size
     batches = [(step, torch.arange(step * n, (step + 1) * n) % len(images))]
     (src, tgt), generator = next(script.views(args, images, batches, torch.device("cpu")))
@@ -61,22 +66,24 @@ def views_of(script, args, step=0, images=None):
 
 
 def class_tree(folder, n=64, sizes=(24,)):
-    """A folder of three classes of PNG images; of several sizes, they are decoded at each step, else once."""
+    """A folder of three classes of PNG images. Those of one size a run decodes once, at its start;
+    those of several at each step."""
     for i, x in enumerate(pictures(n)):
-        size, path = sizes[i % len(sizes)], folder / f"class{i % 3}" / f"{i:03d}.png"
+        path, w = folder / f"class{i % 3}" / f"{i:03d}.png", sizes[i % len(sizes)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(x.permute(1, 2, 0).numpy()).resize((size, size + 4 * (len(sizes) > 1))).save(path)
+        size = w, w + 4 * (len(sizes) > 1)
+        Image.fromarray(x.permute(1, 2, 0).numpy()).resize(size).save(path)
     return folder
 
 
 def log_lines(out, drop=TIMINGS):
     """The lines of log.jsonl after the first, without timings."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][1:]
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()][1:]
     return [{k: v for k, v in line.items() if k not in drop} for line in lines]
 
 
 def saved(out):
-    return torch.load(Path(out) / "last.pt", weights_only=True)
+    return torch.load(Path(out, "last.pt"), weights_only=True)
 
 
 def tensors(state, prefix=""):
@@ -93,40 +100,38 @@ def free_port():
         return s.getsockname()[1]
 
 
-# ---- a pool of processes that live through a test session; each job has a process group of its own ----
-
-
 class Pool:
+    """Processes that live through many tests; each job has a process group of its own."""
+
     def __init__(self, size=4):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # a new one, but with imports done
+        context.set_forkserver_preload(["torch.distributed", "torchvision", "numpy", "PIL.Image"])
         self.jobs, self.results = [context.Queue() for _ in range(size)], context.Queue()
-        arguments = [(jobs, self.results) for jobs in self.jobs]
-        self.workers = [context.Process(target=worker, args=a, daemon=True) for a in arguments]
+        self.workers = [context.Process(target=worker, args=(jobs, self.results), daemon=True)
+                        for jobs in self.jobs]
         for process in self.workers:
             process.start()
 
     def run(self, world, function, *args, timeout=240, dtype=torch.float32):
-        """function(*args) in each of world processes, with a launcher's environment if there are two or more:
-        what they return, in order of rank. An exception there is raised here."""
-        port, results, self.stderr = free_port(), {}, {}
+        """function(*args) in world processes, with a launcher's environment if they are two or
+        more: what they return, by rank. An exception there is raised here. dtype: the default."""
+        port, found = free_port(), {}
         for r in range(world):
             self.jobs[r].put((function, args, r, world, port, dtype))
-        for _ in range(world):
-            try:
-                r, error, blob, self.stderr[r] = self.results.get(timeout=timeout)
-            except queue.Empty:
-                self.close()  # what is left of the job would disturb the next
-                raise TimeoutError(f"of {world} processes, only {sorted(results)} returned") from None
-            results[r] = error, blob
-        errors = [f"process {r}: {error}" for r, (error, _) in sorted(results.items()) if error]
-        if errors:
-            raise RuntimeError("\n".join(errors))
-        return [torch.load(io.BytesIO(blob)) for _, (_, blob) in sorted(results.items())]
+        try:
+            while len(found) < world:
+                found |= [self.results.get(timeout=timeout)]
+        except queue.Empty:
+            self.close()  # what is left of the job would disturb the next
+            raise TimeoutError(f"of {world} processes, only {sorted(found)} returned") from None
+        errors, blobs, self.stderr = zip(*(found[r] for r in range(world)), strict=True)
+        if any(errors):
+            raise RuntimeError("\n".join(f"process {r}: {e}" for r, e in enumerate(errors) if e))
+        return [torch.load(io.BytesIO(blob)) for blob in blobs]
 
     def close(self):
         for process in self.workers:
             process.kill()  # scripts answer to SIGTERM
-        for process in self.workers:
             process.join()
 
 
@@ -139,22 +144,18 @@ def worker(jobs, results):
             function, args, r, world, port, dtype = jobs.get(timeout=10)
         except queue.Empty:
             continue
-        sys.stderr = io.StringIO()
+        sys.stderr, error, blob = io.StringIO(), None, io.BytesIO()
         torch.set_default_dtype(dtype)
-        names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-        if world > 1:
-            os.environ.update(zip(names, map(str, (r, r, world, "127.0.0.1", port)), strict=True))
-        error, blob = None, io.BytesIO()
-        try:
-            torch.save(function(*args), blob)
-        except BaseException:
-            error = traceback.format_exc()
-        finally:
+        launched = dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world),
+                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        with mock.patch.dict(os.environ, launched if world > 1 else {}):
+            try:
+                torch.save(function(*args), blob)
+            except BaseException:
+                error = traceback.format_exc()
             if dist.is_initialized():
                 dist.destroy_process_group()
-            for name in names:
-                os.environ.pop(name, None)
-        results.put((r, error, blob.getvalue(), sys.stderr.getvalue()))
+        results.put((r, (error, blob.getvalue(), sys.stderr.getvalue())))
 
 
 def train(method, argv):

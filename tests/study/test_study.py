@@ -190,6 +190,7 @@ def test_papers_points():
     assert points["--mean-enc 2"] == (pytest.approx(math.log(4.2 / 8.5)), 1.7) and points["--scalemix-src --scalemix-tgt"] == (0, -1.0)
 
 
+@pytest.mark.slow
 def test_figures(tmp_path):
     """All tables draw, whole, in part, and of one seed."""
     pytest.importorskip("matplotlib")
