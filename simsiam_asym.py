@@ -195,7 +195,7 @@ class Encoder(nn.Module):
         if shuffle is not None:  # among the images of all processes, each part by itself
             size = len(x) * world_size() // parts
             orders = [k * size + torch.randperm(size, generator=shuffle) for k in range(parts)]
-            order = torch.cat(orders).to(x.device)
+            order = torch.cat(orders).to(x.device, non_blocking=True)
             x = gather(x)[order[mine()]]
 
         x = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)  # row i parts + k: part k
@@ -512,6 +512,7 @@ def check_launch(args):
     """Processes and devices; fills in --device and --workers."""
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc)), torch.cuda.device_count()
     check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other")
+    check(args.device != "mps" or torch.backends.mps.is_available(), "no mps here; use cpu")
     args.device = args.device or ("cuda" if gpus else "cpu")
     check(args.device != "cuda" or here <= gpus,
           f"{here} process(es) here and {gpus} GPU(s): start fewer, or use --device cpu")
@@ -689,6 +690,7 @@ def resume(args, about, model, optimizer):
     """Continues the run in --out if its arguments are these, or starts one; returns its step."""
     out, script = Path(args.out), Path(__file__)
     last, lines, step = out / "last.pt", out / "log.jsonl", 0
+    check(not out.exists() or out.is_dir(), f"--out {out} is no folder; use another")
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
