@@ -360,9 +360,11 @@ def test_the_pages_and_the_report_are_of_these_results(monkeypatch, capsys):
             study.main(shlex.split(line, comments=True)[2:])
     written = (ROOT / "tests" / "study" / "results" / "report.md").read_text()
     assert written == capsys.readouterr().out
-    whole = lambda text: re.findall(r"(?:^\|.*\n)+", text, re.M)  # tables
-    shown = [table for table in whole(pages) if table.startswith(("| row | cell | paper |", "| design | paper | linear ±"))]
-    assert shown and not [table for table in shown if table not in whole(written)]
+    changes = r"[-+]\d+\.\d ± \d+\.\d"
+    assert set(re.findall(changes, pages)) <= set(re.findall(changes, written))
+    rows = re.findall(rf"^\| .* \| .* \| ([-+]\d+\.\d) \| ({changes})", pages, re.M)  # the paper's change, ours
+    assert len(rows) > 20
+    assert all(any(f"({paper})" in line and ours in line for line in written.splitlines()) for paper, ours in rows)
     for block in re.findall("```text\n(.*?)```", pages, re.S):
         if "signs agree with the paper" in block:
             assert not [line for line in block.splitlines() if line not in written.splitlines()]
