@@ -539,12 +539,11 @@ def train(args, about, model, sets, device):
         net = DistributedDataParallel(model)
         net.broadcast_buffers = False  # sync_buffers() is enough
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
-    stream = views(args, sets[0], batches, device)
     since, waited, logged = time.time(), 0.0, first
+    asked = since
 
-    for step in range(first, last):
-        asked = time.time()
-        (src, tgt), generator = next(stream)
+    # Only the loop holds the views' loader, so that no way out has to wait for its workers.
+    for step, ((src, tgt), generator) in enumerate(views(args, sets[0], batches, device), first):
         waited += time.time() - asked
         torch.manual_seed(rng(args.seed, "step", step, rank()).initial_seed())  # for dropout, say
         factor, m = lr_factor(step, total, warmup), model.momentum(step / total)
@@ -573,6 +572,7 @@ def train(args, about, model, sets, device):
         if stop:
             say(f"saved step {done}; the same command continues")
             raise SystemExit(128 + stop)
+        asked = time.time()
 
 
 def check_groups(model, optimizer):
@@ -774,12 +774,7 @@ def child(index, work, args, port):
                       LOCAL_WORLD_SIZE=str(args.nproc), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     torch.set_num_threads(max(1, CORES // args.nproc))
-    code = 0
-    try:
-        guarded(work, args)
-    except SystemExit as e:
-        code = e.code
-    sys.exit(code)  # not from within, where loader workers are still held and waited for
+    guarded(work, args)
 
 
 def guarded(work, args):
@@ -797,7 +792,10 @@ def join_processes(args):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store, r, n = next(dist.rendezvous("env://"))  # torchrun's has the addresses of the dead
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=r, world_size=n)
     return device
 
 

@@ -65,8 +65,8 @@ class Fork(multiprocessing.get_context("fork").Process):
 
     def launch(self):
         """The exit codes of two forks; in these, None."""
-        os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(free_port()))
+        os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
         for rank in ("0", "1"):
             if not os.fork():
                 os.environ.update(RANK=rank, LOCAL_RANK=rank)

@@ -15,7 +15,7 @@ import pool as helper
 import pytest
 import torch
 from drill import EPOCH, Command
-from pool import ROOT, SCRIPTS, SMALL, class_tree, log_lines, saved
+from pool import ROOT, SCRIPTS, SMALL, class_tree, free_port, log_lines, saved
 
 from common import data
 
@@ -132,6 +132,20 @@ def test_launchers_have_the_losses_of_one_process_and_pass_signals_on(place, how
 @pytest.mark.parametrize("fault", drill.FAULTS, ids=str)
 def test_drill(place, fault):
     fault[0](place, *fault[1:])
+
+
+def test_processes_that_torchrun_restarts_do_not_meet_the_dead(place, monkeypatch):
+    """Its store outlives them and holds their addresses."""
+    out, port = place.new(), free_port()
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for restarts, flags in enumerate(("--epochs 2 --steps 3", "--epochs 2")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        said = place.complete(out, "pair", flags)
+    assert "resuming at step 3" in said and store.num_keys() > 4
+    monkeypatch.undo()
+    place.continues(out, "pair")
 
 
 def test_overwrite_acts_once_if_torchrun_restarts(script, tree, tmp_path, monkeypatch, capsys):
