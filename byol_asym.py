@@ -191,9 +191,6 @@ class Encoder(nn.Module):
 
     def encode(self, views, parts, shuffle, track):
         """Encodings (v, n, d) of v views (n, 3, s, s). parts: so many that do not meet in BN."""
-        for bn in self.modules():
-            bn.parts, bn.track = parts, track  # which BatchNorm heeds
-
         x = torch.cat(views)  # view k of image i at k n + i
         if shuffle is not None:  # among the images of all processes, each part by itself
             size = len(x) * world_size() // parts
@@ -202,8 +199,13 @@ class Encoder(nn.Module):
             x = gather(x)[order[mine()]]
 
         x = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)  # row i parts + k: part k
+        norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
+        for bn in norms:
+            bn.parts, bn.track = parts, track
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             z = self.projector(self.backbone(x)).to(torch.get_default_dtype())
+        for bn in norms:
+            bn.parts, bn.track = 1, True
         z = z.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)
 
         if shuffle is not None:
@@ -481,7 +483,7 @@ def parse_args(argv=None):
                 value = "_".join(map(str, value)) if isinstance(value, list) else value
                 args.out += f"-{name}={value}".replace("=True", "").replace("/", "_")
     if args.recipe is None:
-        small = data.image_size(args.data, args.data_root) <= 64
+        small = data.image_size(args.data) <= 64
         args.recipe = "demo" if args.data == "demo" else "small" if small else "imagenet"
     column = ("imagenet", "small", "demo").index(args.recipe)
     for name, row in (RECIPES | ARCHS.get(args.arch, {})).items():

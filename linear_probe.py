@@ -310,23 +310,6 @@ class Frozen(nn.Module):
         return self.backbone((x - self.mean) / self.std).to(torch.get_default_dtype())
 
 
-class Squares(data.Centres):
-    """Row -> the central square of a share of the shorter side, uint8 (3, s, s), and the row that
-    it really is: another, if this one cannot be read."""
-
-    def __init__(self, images, size, share, bicubic):
-        super().__init__(images, size)
-        self.share, self.bicubic = share, bicubic
-
-    def __getitem__(self, row):
-        image, really = self.images.decode(row)
-        h, w = image.shape[1:]
-        side = round(min(h, w) * self.share)
-        top, left = (h - side) // 2, (w - side) // 2
-        square = image[:, top : top + side, left : left + side]
-        return data.resize(square, self.size, self.bicubic), really
-
-
 def encode(args, net, images, transfer, view=None):
     """Features (len(images), d), the images shared out among the processes: of centre crops
     (ImageNet: resize to 256, crop 224; transfer, and up to 64 px: all of the square), or of a
@@ -341,7 +324,7 @@ def encode(args, net, images, transfer, view=None):
         return gather(torch.cat(parts))[: len(images)]
 
     share = 1 if transfer or net.size <= 64 else 224 / 256
-    squares = Squares(part, net.size, share, transfer or net.bicubic)
+    squares = data.Centres(part, net.size, share, transfer or net.bicubic)
     workers, next_row = args.workers if part.pixels is None else 0, 0
     for x, really in data.loader(squares, workers, args.device, batch_size=256):
         bad = (really != next_row + torch.arange(len(x))).nonzero()[:, 0] + next_row
@@ -541,8 +524,8 @@ MAY_DIFFER = {  # between a probe and its continuation
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(prog="linear_probe.py", description=__doc__, allow_abbrev=False,
-                                usage="%(prog)s CHECKPOINT [flags]; --help lists them",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: check(False, f"{message}; --help lists the flags")
     flag = p.add_argument
     flag("checkpoint", help="the folder of a run, its last.pt or backbone.pth, or a published file")
     flag("--encoder", choices=("source", "target"), default="source", help="which of the two")

@@ -13,7 +13,7 @@ The source encoder f_s learns by gradient; the target encoder f_t is its clone a
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
 encoder: --multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2.
---symmetrize is the original: one encoder, all other views as negatives, gradient through both.
+--symmetrize is the original: one encoder, all other views negatives, gradient through both.
 
     python simclr_asym.py                                    a laptop: demo data, two minutes
     python simclr_asym.py --data cifar10 --download          one GPU: the CIFAR recipe
@@ -148,8 +148,7 @@ class SimCLR(nn.Module):
         return F.cross_entropy(logits / self.temperature, own)
 
     def original(self, first, second):
-        """The symmetric loss: both views in one batch of 2 N, each the other's target; the sum of
-        two means."""
+        """Both views in one batch of 2 N, each the other's target; the sum of two means."""
         z = self.source([[torch.cat([first, second])]])[0]
         a, b = F.normalize(z).chunk(2)
         loss = self.info_nce(a, gather_with_gradient(b)) + self.info_nce(b, gather_with_gradient(a))
@@ -171,14 +170,14 @@ class SimCLR(nn.Module):
 
 
 def gather_with_gradient(z):
-    """The global batch (N, d) from each process's (n, d); gradients come from all their losses."""
+    """The global batch (N, d) from each process's (n, d); gradients come from all losses."""
     places = torch.arange(len(z) * world_size(), device=z.device)[mine()]
     everyone = z.new_zeros(len(z) * world_size(), z.shape[1])
     return AllSum.apply(everyone.index_copy(0, places, z))
 
 
 def projector(args, width, bn):
-    """SimCLR's: at the end a BN with scale but without shift."""
+    """SimCLR's: at the end a BN with scale, without shift."""
     last = bn(args.dim)
     last.bias.requires_grad_(False)  # 0
     return mlp([width] + [args.hidden] * (args.layers - 1) + [args.dim], bn, last=[last])
@@ -212,9 +211,6 @@ class Encoder(nn.Module):
 
     def encode(self, views, parts, shuffle, track):
         """Encodings (v, n, d) of v views (n, 3, s, s). parts: so many that do not meet in BN."""
-        for bn in self.modules():
-            bn.parts, bn.track = parts, track  # which BatchNorm heeds
-
         x = torch.cat(views)  # view k of image i at k n + i
         if shuffle is not None:  # among the images of all processes, each part by itself
             size = len(x) * world_size() // parts
@@ -223,8 +219,13 @@ class Encoder(nn.Module):
             x = gather(x)[order[mine()]]
 
         x = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)  # row i parts + k: part k
+        norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
+        for bn in norms:
+            bn.parts, bn.track = parts, track
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             z = self.projector(self.backbone(x)).to(torch.get_default_dtype())
+        for bn in norms:
+            bn.parts, bn.track = 1, True
         z = z.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)
 
         if shuffle is not None:
@@ -515,7 +516,7 @@ def parse_args(argv=None):
                 value = "_".join(map(str, value)) if isinstance(value, list) else value
                 args.out += f"-{name}={value}".replace("=True", "").replace("/", "_")
     if args.recipe is None:
-        small = data.image_size(args.data, args.data_root) <= 64
+        small = data.image_size(args.data) <= 64
         args.recipe = "demo" if args.data == "demo" else "small" if small else "imagenet"
     column = ("imagenet", "small", "demo").index(args.recipe)
     for name, row in (RECIPES | ARCHS.get(args.arch, {})).items():

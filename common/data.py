@@ -27,8 +27,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 HALF = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for methods that do not normalise
-SIZES = {"demo": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "fashion-mnist": 28}  # pixels
-NAMES = tuple(SIZES)
+NAMES = {"demo": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "fashion-mnist": 28}  # pixels
 SUFFIXES = ".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"
 FORMATS = "JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"  # PIL's EPS, say, starts programs
 IN_MEMORY = 2**30  # bytes: a folder of equally sized images up to this size is decoded at the start
@@ -95,8 +94,7 @@ def read_image(path, shrink=None):
         if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
             deep = np.asarray(image, dtype=np.float32) / 257
             image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 # ---- loading ----
 
@@ -129,11 +127,10 @@ def load(name, root="data", download=False):
     return images, images, val
 
 
-def image_size(name, root="data"):
-    """The longer side in pixels of the images that load() will find: in a folder, the largest of
-    the first twenty, from their headers. Raises DataError."""
+def image_size(name):
+    """The longer side in pixels of load()'s images; of a folder's first twenty, by the headers."""
     if name in NAMES:
-        return SIZES[name]
+        return NAMES[name]
     if name.endswith(".npz"):
         return max(load_npz(name).pixels.shape[2:])
 
@@ -213,11 +210,10 @@ def scan(folder):
     images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names)
 
     tops = [os.path.dirname(path).split("/")[0] for path in below]
-    classes = tuple(sorted(set(tops)))
+    classes, labels = np.unique(tops, return_inverse=True)
     if "" in classes or len(classes) < 2:
         return images
-    number = {c: i for i, c in enumerate(classes)}
-    return replace(images, labels=torch.tensor([number[top] for top in tops]), classes=classes)
+    return replace(images, labels=torch.from_numpy(labels), classes=tuple(map(str, classes)))
 
 
 def walk(folder):
@@ -225,7 +221,12 @@ def walk(folder):
     def unlisted(e):
         raise DataError(f"--data {folder}: {e}; name a folder, a file .npz, or {' '.join(NAMES)}")
 
+    seen = set()
     for here, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:  # links in a circle
+            folders.clear()
+            files = []
+        seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))  # no .ipynb_checkpoints
         for file in sorted(files):
             if file.lower().endswith(SUFFIXES) and not file.startswith("."):
@@ -248,12 +249,10 @@ def in_memory(images):
 
 
 def draw_demo(n, seed, size=32):
-    """The demo data: n images of ten families of patterns. The class is the pattern; place, scale,
-    polarity, bending, shading and a gradient of the light are each image's own.
-
-    An image's constants must stay inside what the jitter changes. Brightness, contrast or tint that
-    differ more from image to image tell both views' image at once, and methods without negatives
-    settle on that. So light and contrast are narrow here, and there is no tint."""
+    """The demo data: n images of ten families of patterns, the classes; place, scale, polarity,
+    bending, shading and a gradient of light are each image's own. A lesson: what is constant over
+    an image must stay inside what the jitter changes. Light, contrast or a tint that differ more
+    tell which image a view is of, and methods without negatives settle on that."""
     generator = rng(seed, "demo")
     sin = lambda t: torch.sin(2 * math.pi * t)
     edge = lambda t: (t % 1 - 0.5).abs() * 2  # 0 in the middle of a cell of length 1, 1 at its ends
@@ -266,8 +265,7 @@ def draw_demo(n, seed, size=32):
         return F.interpolate(field, size=size, mode="bicubic")
 
     labels = (torch.arange(n) % 10)[torch.randperm(n, generator=generator)]
-    places = torch.arange(size) - size / 2
-    y, x = torch.meshgrid(places, places, indexing="ij")
+    y, x = torch.meshgrid(*[torch.arange(size) - size / 2] * 2, indexing="ij")
     angle, wavelength = uniform(-0.2, 0.2), 4.5 * 2.3 ** uniform(0, 1)  # 4.5 to 10 pixels
     bend = 0.15 * smooth(2)  # in periods
     u = (angle.cos() * x - angle.sin() * y) / wavelength + uniform(0, 4) + bend[:, 0]
@@ -322,11 +320,12 @@ class Crops(torch.utils.data.Dataset):
 
 
 class Centres(torch.utils.data.Dataset):
-    """Row -> what an evaluation looks at, uint8 (3, size, size): the central square of the shorter
-    side up to size 64, of 7/8 of it above (resize to 256, crop 224); and the row it really is."""
+    """Row -> the central square of a share of the shorter side, uint8 (3, size, size), and the row
+    it really is. share: by default all up to size 64, 7/8 above (resize to 256, crop 224)."""
 
-    def __init__(self, images, size):
-        self.images, self.size = images, size
+    def __init__(self, images, size, share=None, bicubic=False):
+        self.images, self.size, self.bicubic = images, size, bicubic
+        self.share = share or (1 if size <= 64 else 224 / 256)
 
     def __len__(self):
         return len(self.images)
@@ -334,9 +333,10 @@ class Centres(torch.utils.data.Dataset):
     def __getitem__(self, row):
         image, really = self.images.decode(row)
         h, w = image.shape[1:]
-        side = min(h, w) if self.size <= 64 else round(min(h, w) * 224 / 256)
+        side = round(min(h, w) * self.share)
         top, left = (h - side) // 2, (w - side) // 2
-        return resize(image[:, top : top + side, left : left + side], self.size), really
+        square = image[:, top : top + side, left : left + side]
+        return resize(square, self.size, self.bicubic), really
 
 
 def resize(image, size, bicubic=False):

@@ -179,6 +179,13 @@ def test_broken_files_are_replaced_by_the_next_named_and_counted(tmp_path, monke
     assert torch.equal(labels, rows) and Images.unreadable == 8  # of the image that was read
 
 
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    for here, there in (("a", "b"), ("b", "a")):
+        write(tmp_path / here, f"{here}.png")
+        (tmp_path / here / "link").symlink_to(tmp_path / there)
+    assert sorted(os.path.basename(p) for p in data.walk(str(tmp_path))) == ["a.png", "b.png"]
+
+
 def test_nothing_readable(tmp_path):
     (tmp_path / "0.jpg").write_text("no")
     for look, found in ((load, "no readable.*0.jpg"), (data.image_size, "no image.*twenty")):
