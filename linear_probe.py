@@ -696,7 +696,8 @@ def probe(args, net, backbone):
     about, args.lines = json.loads(json.dumps(about, default=str)), []  # about: as in the file
     results = open_run(args, about)
 
-    told = ", ".join(f"{k} {brief(v)}" for k, v in backbone.items())
+    told = ", ".join(f"{k} {brief(v)}" for k, v in backbone.items() if v is not None)
+    told = told.replace(", of ", " of ")  # loaded 60 of 60 tensors
     say(f"{args.checkpoint}, {args.encoder} encoder{', UNTRAINED' * args.untrained}: {told}\n"
         f"  protocol {args.protocol} on {'stored features' if args.stores else 'crops'}; output: "
         f"{args.out}")
