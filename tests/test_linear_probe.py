@@ -751,7 +751,7 @@ def test_a_probe_and_its_folder(protocol, more, run_folder, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in run_folder.iterdir()}
     main(*argv)
     out = capsys.readouterr().out
-    for told in ("source encoder", "loaded 60, of 60", "pooled", "dim 128", "size 16", "norm",
+    for told in ("source encoder", "loaded 60 of 60", "pooled", "dim 128", "size 16", "norm",
                  f"protocol {protocol}"):
         assert told in out
     assert ("lr 0.3 x 16/256 = 0.01875" in out) == ("--lr" in more)
