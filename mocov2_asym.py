@@ -485,9 +485,9 @@ def check_flags(args):
     unit = math.lcm(g, world)
     near = [str(k * unit) for k in (n // unit, n // unit + 1) if k * unit > g]
     check(g == 1 or g % world == 0,
-          f"--bn-groups {g} does not divide among {world} processes; use {world}, or 1 (SyncBN)")
-    check(n % unit == 0 and n > g, f"--batch-size {n} does not divide among {world} processes and "
-          f"{g} BN groups of two images or more; use {' or '.join(near)}")
+          f"--bn-groups {g} is no multiple of {world}, the processes; use {world}, or 1 (SyncBN)")
+    check(n % unit == 0 and n > g, f"--batch-size {n} is no multiple of {unit} (processes, BN "
+          f"groups) with two images or more to a group; use {' or '.join(near)}")
     check(g > 1 or not (args.asym_bn or args.sync_bn_src), "--asym-bn and --sync-bn-src change "
           "nothing with one BN group, which is SyncBN; add --bn-groups 8 to both runs you compare")
     check(args.warmup_epochs < args.epochs,
@@ -737,7 +737,8 @@ def load(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # a truncated or foreign file raises nearly anything
-        check(False, f"{path} cannot be read ({f'{type(e).__name__}: {e}'.splitlines()[0]})")
+        reason = f"{type(e).__name__}: {e}".splitlines()[0].split(". ")[0]
+        check(False, f"{path} cannot be read ({reason})")
 
 
 def fit(module, weights, path):
@@ -780,9 +781,9 @@ def child(index, work, args, port):
 
 
 def guarded(work, args):
-    """Wrong data end in one line too; a loader worker's error comes with its traceback."""
+    """work(args). Wrong data end in one line; a loader worker's error comes with its traceback."""
     try:
-        work(args)
+        return work(args)
     except data.DataError as e:
         check(False, str(e).splitlines()[-1])
 
@@ -848,10 +849,7 @@ def work(args):
 
 
 def main(argv=None):
-    try:
-        args = parse_args(argv)
-    except data.DataError as e:  # no image from whose size to choose the recipe
-        check(False, e)
+    args = guarded(parse_args, argv)
     check_flags(args)
     launch(args, work)
 
