@@ -48,7 +48,7 @@ from common.augment import View, rng
 from common.lars import LARS
 
 # imagenet is the original's for 100 epochs, with its paper's decay. small and demo are our choice.
-ARCHS = dict.fromkeys(resnet.ARCHS, {})  # and the rows of RECIPES that each has of its own
+ARCHS = dict.fromkeys(resnet.ARCHS, {})  # for each, the rows of RECIPES that it changes: none
 RECIPES = {
     # flag           imagenet     small        demo         meaning
     "arch":          ("resnet50", "resnet18",  "tiny",      "any torchvision resnet, or tiny"),
@@ -105,9 +105,10 @@ class SimCLR(nn.Module):
         synced = partial(BatchNorm, groups=1)
 
         def encoder(sync):  # AsymBN (Sec. 4.4): SyncBN in one projector; footnote 4: everywhere
-            bn = synced if sync and args.bn_scope == "all" else grouped
-            backbone, width = resnet.build(args.arch, args.img_size, bn, zero_init=True)
-            return Encoder(backbone, projector(args, width, synced if sync else grouped), args.amp)
+            head = synced if sync else grouped
+            body = head if args.bn_scope == "all" else grouped
+            backbone, width = resnet.build(args.arch, args.img_size, body, zero_init=True)
+            return Encoder(backbone, projector(args, width, head), args.amp)
 
         self.source = self.target = encoder(args.sync_bn_src)
         if not self.symmetrize:
@@ -205,7 +206,7 @@ class Encoder(nn.Module):
         large, *small = bags
         encodings = [self.encode(large, 1, shuffle, track).mean(0)]
         if small:
-            crops = [crop for [crop] in small]
+            crops = [bag[0] for bag in small]
             encodings += self.encode(crops, len(crops), shuffle, track=False).unbind()
         return encodings
 
@@ -218,7 +219,8 @@ class Encoder(nn.Module):
             order = torch.cat(orders).to(x.device, non_blocking=True)
             x = gather(x)[order[mine()]]
 
-        x = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)  # row i parts + k: part k
+        # row i parts + k has part k
+        x = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)
         norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
         for bn in norms:
             bn.parts, bn.track = parts, track
@@ -226,10 +228,10 @@ class Encoder(nn.Module):
             z = self.projector(self.backbone(x)).to(torch.get_default_dtype())
         for bn in norms:
             bn.parts, bn.track = 1, True
-        z = z.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)
+        z = z.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)  # as before
 
         if shuffle is not None:
-            z = gather(z)[order.argsort()[mine()]]
+            z = gather(z)[order.argsort()[mine()]]  # argsort inverts a permutation
         return z.unflatten(0, (len(views), -1))
 
 
@@ -249,20 +251,20 @@ class BatchNorm(nn.BatchNorm2d):
             return F.batch_norm(x, mean, var, weight, bias, eps=self.eps)
 
         norm = SyncNorm.apply if self.groups == 1 and world_size() > 1 else F.batch_norm
-        settings = True, self.momentum if self.track else 0.0, self.eps
+        momentum = self.momentum if self.track else 0.0
         g = self.parts * max(1, self.groups // world_size())  # a process holds whole groups
         if g == 1:
-            return norm(x, mean, var, weight, bias, *settings)
+            return norm(x, mean, var, weight, bias, True, momentum, self.eps)
 
         means, variances = mean.repeat(g), var.repeat(g)
         if self.affine:
             weight, bias = weight.repeat(g), bias.repeat(g)
-        groups_as_channels = x.reshape(len(x) // g, -1, *x.shape[2:])
-        y = norm(groups_as_channels, means, variances, weight, bias, *settings)
+        groups_as_channels = x.reshape(len(x) // g, -1, *x.shape[2:])  # (n / g, g c, ...)
+        y = norm(groups_as_channels, means, variances, weight, bias, True, momentum, self.eps)
         if self.track:
             mean.copy_(means.view(g, -1).mean(0))
             var.copy_(variances.view(g, -1).mean(0))
-        # no view, of which the ReLU in place that follows would make a copy
+        # y.view(x.shape), but not a view to autograd: a ReLU in place on a view copies it
         return torch.ops.aten._unsafe_view(y, x.shape)
 
 
@@ -272,6 +274,7 @@ class SyncNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, weight, bias, training, momentum, eps):
+        # only for its statistics; with these weights they are float32 for an x in bf16 too
         one, zero = torch.ones_like(running_mean), torch.zeros_like(running_mean)
         _, mean, invstd = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, eps)
         means, variances = gather(torch.stack([mean, invstd**-2 - eps])[None]).unbind(1)
@@ -290,8 +293,8 @@ class SyncNorm(torch.autograd.Function):
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
 
-        # That held mean and var constant. They move with x, which takes from dx a constant and a
-        # multiple of x - mean.
+        # That held mean and var constant: dx = weight invstd dy. As they move with x, it is
+        # weight invstd (dy - mean(dy) - x' mean(dy x')), x' = (x - mean) invstd, means over all.
         invstd = (var + ctx.eps).rsqrt()
         constant, slope = all_sum(torch.stack([dbias, dweight])) * invstd / ctx.n
         if weight is not None:
@@ -383,7 +386,7 @@ def plan_views(args):
     plan = []
     for base, (aug, mix, n, multicrop) in zip(augmentations(args), (src, tgt), strict=True):
         recipe = change[aug](base)  # AsymAug (Sec. 4.3)
-        if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":
+        if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":  # which has its own
             recipe = replace(recipe, scale=tuple(args.large_scale))
         bags = [[View(recipe, args.img_size, mix)] * n]  # ScaleMix (Sec. 4.2), MeanEnc (Sec. 4.5)
         if multicrop:  # MultiCrop (Sec. 4.1)
@@ -573,12 +576,13 @@ def say(message):
 
 # ============================================================================== shared: training
 def train(args, about, model, sets, device):
-    epoch = len(sets[0]) // args.batch_size  # in steps, as total, warmup and last
-    total, warmup = args.epochs * epoch, args.warmup_epochs * epoch
+    per_epoch = len(sets[0]) // args.batch_size  # steps, as total, warmup and last
+    total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
     last = min(total, args.steps or total)
     optimizer = Method.optimizer(args, model)
     check_groups(model, optimizer)
-    first, signals = resume(args, about, model, optimizer), listen()
+    first = resume(args, about, model, optimizer)
+    signals = listen()
     if first >= last:
         say("  complete; --overwrite repeats it")
     if first == 0 and args.knn_every:
@@ -586,8 +590,8 @@ def train(args, about, model, sets, device):
 
     net = model
     if world_size() > 1:
-        net = DistributedDataParallel(model)
-        net.broadcast_buffers = False  # sync_buffers() is enough
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False  # sync_buffers() is enough; as an argument it is deprecated
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
     since, waited, logged = time.time(), 0.0, first
     asked = since
@@ -606,18 +610,18 @@ def train(args, about, model, sets, device):
         optimizer.step()
 
         done, stop = step + 1, any_signal(signals)
-        ends = done // epoch if done % epoch == 0 else 0  # the number of the epoch that ends here
-        if done <= 10 or done % args.log_every == 0 or ends or done == last:
+        epochs, rest = divmod(done, per_epoch)
+        if done <= 10 or done % args.log_every == 0 or rest == 0 or done == last:
             seconds, steps = time.time() - since, done - logged
-            entry = {"step": done, "epoch": done / epoch, "chance": Method.chance(args), "m": m,
+            entry = {"step": done, "epoch": done / per_epoch, "chance": Method.chance(args), "m": m,
                      "lr": args.peak_lr * factor, **numbers(model, loss, spreads),
                      "img_s": steps * args.batch_size / seconds, "data_frac": waited / seconds,
                      "eta_s": (last - done) * seconds / steps}
-            if args.knn_every and (done == last or ends and ends % args.knn_every == 0):
+            if args.knn_every and (done == last or rest == 0 and epochs % args.knn_every == 0):
                 entry |= measure(args, model, sets, device)
             log(args, entry)
             since, waited, logged = time.time(), 0.0, done
-        if done == last or stop or ends and ends % args.save_every == 0:
+        if done == last or stop or rest == 0 and epochs % args.save_every == 0:
             save(args, about, done, model, optimizer)
         if stop:
             say(f"saved step {done}; the same command continues")
@@ -644,17 +648,17 @@ SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # finish the step, save
 def listen():
     """A list to which the numbers of SIGNALS come that this process gets."""
     signals = []
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: signals.append(number))
+    for signum in SIGNALS:
+        signal.signal(signum, lambda signum, frame: signals.append(signum))
     return signals
 
 
 def any_signal(signals):
     """The number of a signal that any process got, or 0; the same for all."""
-    number = torch.tensor(max(signals, default=0))
+    signum = torch.tensor(max(signals, default=0))
     if world_size() > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+    return signum.item()
 
 
 # ============================================================================== shared: monitor
@@ -743,15 +747,15 @@ def resume(args, about, model, optimizer):
                   if k not in MAY_DIFFER and old.get(k) != v]
         check(not differ, f"--out {out} holds another run ({', '.join(differ)}); use another, or "
               "--overwrite")
+        if old["code"] != about["code"]:
+            say(f"note: {script.name} or common/ is not the code that began {out}; --overwrite "
+                "starts anew")
+            about["code"] = old["code"]
         fit(model, state["model"], last)
         optimizer.load_state_dict(state["optimizer"])
         kept = [x for x in lines.read_text().splitlines() if x.endswith("}")]  # no half line
         kept = [x for x in kept if json.loads(x).get("step", 0) <= step]
         say(f"  resuming at step {step}")
-        if old["code"] != about["code"]:
-            say(f"note: {script.name} or common/ is not the code that began {out}; --overwrite "
-                "starts anew")
-            about["code"] = old["code"]
     barrier()  # all have looked
 
     if rank() == 0:
@@ -773,10 +777,11 @@ def save(args, about, step, model, optimizer):
              "backbone_target.pth": model.target.backbone.state_dict(),
              "last.pt": {"args": about, "step": step, "model": weights,
                          "optimizer": optimizer.state_dict()}}
-    for name, content in files.items() if rank() == 0 else ():
-        aside = Path(args.out, name + ".tmp")
-        torch.save(content, aside)
-        os.replace(aside, Path(args.out, name))  # never half a file
+    if rank() == 0:
+        for name, content in files.items():
+            path = Path(args.out, name)
+            torch.save(content, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)  # never half a file
     barrier()
 
 
@@ -806,13 +811,13 @@ def launch(args, work):
         port = s.getsockname()[1]
     context = mp.spawn(child, (work, args, port), args.nproc, join=False)
 
-    def pass_on(number, frame):  # they save and exit, and this process waits
+    def pass_on(signum, frame):  # they save and exit, and this process waits
         for process in context.processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                os.kill(process.pid, signum)
 
-    for number in SIGNALS:
-        signal.signal(number, pass_on)
+    for signum in SIGNALS:
+        signal.signal(signum, pass_on)
     try:
         while not context.join():
             pass
@@ -844,7 +849,8 @@ def join_processes(args):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, r, n = next(dist.rendezvous("env://"))  # torchrun's has the addresses of the dead
+        # a store of its own for each restart by torchrun; the old one has killed processes' ports
+        store, r, n = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=r, world_size=n)
     return device

@@ -1,13 +1,14 @@
 """Draws the pictures of the README and of docs/; needs matplotlib.
 
-    python tests/docs/figures.py                       all: overview.png, views.png, claim.png
+    python tests/docs/figures.py                       all
     python tests/docs/figures.py overview claim        some
 
 overview: the pipeline and where each design acts. views: what source and target see of the demo
-data. claim: change of accuracy over the ratio of variances, the paper's cells and those in
-tests/study/results/demo.jsonl.
+data. curves: kNN over the epochs of the demo, from docs/logs/demo-*.txt. claim: change of accuracy
+over the ratio of variances, the paper's cells and those in tests/study/results/demo.jsonl.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -131,6 +132,35 @@ def views():
     figure.savefig(DOCS / "views.png", dpi=110)
 
 
+def curves():
+    """A thin line for each seed, a thick one for their mean."""
+    names = {"mocov2": "MoCo v2", "mocov3": "MoCo v3", "simclr": "SimCLR", "byol": "BYOL",
+             "simsiam": "SimSiam", "barlow": "Barlow Twins"}
+    pixels = re.search(r"raw pixels: (\S+)", (DOCS / "logs" / "pixels.txt").read_text())
+    figure = Figure(figsize=(8, 4.6))
+    axis = figure.add_subplot()
+    for i, (name, title) in enumerate(names.items()):
+        runs = []
+        for path in sorted((DOCS / "logs").glob(f"demo-{name}-seed*.txt")):
+            points = re.findall(r"^epoch (\d+) .* knn (\S+)$", path.read_text(), re.MULTILINE)
+            epochs, values = zip(*((int(e), float(v)) for e, v in points), strict=True)
+            runs.append(values)
+            axis.plot(epochs, values, color=f"C{i}", lw=0.7, alpha=0.5)
+        mean = [sum(values) / len(runs) for values in zip(*runs, strict=True)]
+        axis.plot(epochs, mean, color=f"C{i}", lw=2.2)
+        axis.annotate(f"{title} {mean[-1]:.2f}", (epochs[-1], mean[-1]), (5, 0), color=f"C{i}",
+                      textcoords="offset points", va="center", fontsize=9)
+        untrained = [values[0] for values in runs]
+        axis.plot([0] * len(runs), untrained, "o", color=f"C{i}", ms=3)
+    axis.axhline(float(pixels[1]), color=GREY, lw=1, ls="--")
+    axis.text(0.1, float(pixels[1]) + 0.01, "raw pixels", color=GREY, fontsize=9)
+    axis.set(xlabel="epoch; 0: the untrained network", ylabel="kNN accuracy", ylim=(0, 1),
+             xlim=(-0.2, 12), title="The demo, three seeds of each method")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(DOCS / "curves.png", dpi=110)
+
+
 def claim():
     import report
     import tables
@@ -188,5 +218,6 @@ def label(axis, points):
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("overview", "views", "claim"):
-        {"overview": overview, "views": views, "claim": claim}[name]()
+    drawn = {"overview": overview, "views": views, "curves": curves, "claim": claim}
+    for name in sys.argv[1:] or drawn:
+        drawn[name]()
