@@ -687,8 +687,8 @@ def variances(args, model, images, device):
     total = min(math.ceil(512 / n), len(images) // n) * n
     chosen = torch.randperm(len(images), generator=rng(args.seed, "twice"))[:total]
     orders = [torch.randperm(total, generator=rng(args.seed, "mates", t)) for t in range(2)]
-    rows = chosen[torch.cat(orders)].split(n)
-    batches = [(f"variance {i}", part) for i, part in enumerate(rows)]
+    rows = chosen[torch.cat(orders)].split(n)  # all in one order, then all in the other
+    batches = [(f"variance {i}", part) for i, part in enumerate(rows)]  # its name seeds its draws
 
     z_src, z_tgt = [], []  # (N, views, d) for each batch
     for (src, tgt), generator in views(args, images, batches, device):
@@ -698,7 +698,7 @@ def variances(args, model, images, device):
         z_tgt.append(gather(F.normalize(z, dim=2)))
 
     def variance(z):
-        first, second = torch.cat(z).chunk(2)
+        first, second = torch.cat(z).chunk(2)  # (total, views, d), and back to one order:
         z = torch.cat([first[orders[0].argsort()], second[orders[1].argsort()]], 1)
         return z.var(1).mean().item()
 
