@@ -6,14 +6,14 @@ its slice. So a run does not depend on the number of processes; resuming needs n
 
     recipe = strong(V2)                          # what may happen, with which probability
     params = draw(recipe, 256, rng(seed, step))  # what happens to each image of the global batch
-    x = augment(x, recipe, {k: v[rank::world] for k, v in params.items()}, mean, std)
+    augment(x, {k: v[rank::world] for k, v in params.items()}, mean, std)  # in place
 
-Order: flip, jitter (its parts in an order of the image's own), grey, blur, solarize, RandAugment,
+Images of different recipes may share a batch. Order: flip, jitter (its parts in an order of the image's own), grey, blur, solarize, RandAugment,
 normalize. The papers' codes flip first or last; it commutes with all but RandAugment, which the
 paper's code has last. Each operation equals torchvision's functional form (tests/test_augment.py
 gives the tolerances). Deviations:
-  * The blur is a true Gaussian cut at 11 pixels (23 taps, as BYOL's at 224 px), or at the border
-    below 12 px; PIL's, used by MoCo, is three box blurs.
+  * The blur is cut at 11 pixels (BYOL's 23 taps at 224 px), or at the border below 12 px, and
+    reflects images there; PIL repeats the border's pixels.
   * BYOL's and SimCLR v1's brightness is additive in their code; here it multiplies.
   * RandAugment interpolates bilinearly; timm's picks bilinear or bicubic at random.
 """
@@ -45,15 +45,18 @@ class Recipe:
     strength: tuple = (0.4, 0.4, 0.4, 0.1)  # of the jitter: brightness, contrast, saturation, hue
     grey: float = 0.2
     blur: float = 0.5  # sigma uniform in [0.1, 2] pixels
+    pil_blur: bool = True  # as PIL's, three box blurs; BYOL and SimCLR sample a Gaussian
     solarize: float = 0.0  # inverts what is above 0.5
     randaugment: bool = False
     normalize: bool = True  # SimCLR's images stay in [0, 1]; such a run has mean 0 and std 1
 
 
 V2 = Recipe()  # MoCo v2, SimSiam: both views
-BYOL1 = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.4, 0.4, 0.2, 0.1), blur=1.0)
+BYOL1 = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.4, 0.4, 0.2, 0.1), blur=1.0,
+               pil_blur=False)
 BYOL2 = replace(BYOL1, blur=0.1, solarize=0.2)  # BYOL, Barlow Twins: views 1 and 2
-SIMCLR = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.8, 0.8, 0.8, 0.2), normalize=False)
+SIMCLR = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.8, 0.8, 0.8, 0.2), pil_blur=False,
+                normalize=False)
 
 
 def strong(recipe):
@@ -80,35 +83,54 @@ def draw(recipe, n, generator):
         "grey": u[:, 2] < recipe.grey,
         "blur": u[:, 3] < recipe.blur,
         "sigma": 0.1 + 1.9 * u[:, 4],
+        "pil_blur": torch.full((n,), recipe.pil_blur),
         "solarize": u[:, 5] < recipe.solarize,
         # RandAugment: two operations, with replacement, each applied half the time
         "op": torch.randint(len(OPS), (n, 2), generator=generator),
-        "on": u[:, 6:8] < 0.5,
+        "on": (u[:, 6:8] < 0.5) & recipe.randaugment,
         "magnitude": (1 + 0.05 * torch.randn(n, 2, generator=generator)).clamp(0, 1),
         "sign": (u[:, 8:10] < 0.5) * 2.0 - 1,
     }
 
 
-def augment(x, recipe, params, mean, std):
-    """A recipe applied to images (n, 3, s, s) in [0, 1], with n rows of draw()'s parameters; new
-    images. mean, std: (3,)."""
-    x, p = x.clone(), params
-    on(x, p["flip"], lambda x: x.flip(3))
-    for slot in range(4):
-        for k, op in enumerate((brightness, contrast, saturation, hue)):
-            on(x, p["jitter"] & (p["order"][:, slot] == k), op, p["factors"][:, k])
-    on(x, p["grey"], lambda x: TF.rgb_to_grayscale(x, 3))
-    on(x, p["blur"], gaussian_blur, p["sigma"])
-    on(x, p["solarize"], lambda x: TF.solarize(x, 0.5))
-
-    if recipe.randaugment:
-        for slot in range(2):
-            for k, op in enumerate(OPS.values()):
-                chosen = p["on"][:, slot] & (p["op"][:, slot] == k)
-                on(x, chosen, op, p["magnitude"][:, slot], p["sign"][:, slot])
-
+def augment(x, params, mean, std):
+    """Applies n rows of draw()'s parameters to images (n, 3, s, s) in [0, 1], in place, and
+    normalizes them. mean, std: (3,)."""
     mean, std = (s.to(x, non_blocking=True).view(3, 1, 1) for s in (mean, std))
-    return x.sub_(mean).div_(std) if recipe.normalize else x
+    # a GPU takes all images at once, a CPU as many as its cache holds
+    n = max(1, CACHE // x[0].numel()) if x.device.type == "cpu" else len(x)
+    for i in range(0, len(x), n):
+        some = x[i : i + n]
+        photometric(some, {k: v[i : i + n] for k, v in params.items()})
+        some.sub_(mean).div_(std)
+    return x
+
+
+CACHE = 2**20  # numbers
+
+
+def photometric(x, p):
+    """augment() without the normalization."""
+    on(x, p["flip"], lambda x: x.flip(3))
+
+    # The jitter's parts stand in four slots. Hue is the dearest and comes once, for all images: the
+    # slots of each before its hue, then hue, then the slots after it.
+    hue_slot = (p["order"] == 3).int().argmax(1)
+    settings = adjustments(p["order"], p["factors"].gather(1, p["order"]))  # (n, 4, 3)
+    for slot in range(3):
+        on(x, p["jitter"] & (slot < hue_slot), adjust, settings[:, slot])
+    on(x, p["jitter"], hue, p["factors"][:, 3])
+    for slot in range(1, 4):
+        on(x, p["jitter"] & (slot > hue_slot), adjust, settings[:, slot])
+
+    on(x, p["grey"], lambda x: TF.rgb_to_grayscale(x, 3))
+    if p["blur"].any():
+        on(x, p["blur"], blur, blur_kernels(p["sigma"], p["pil_blur"], x.shape[3]))
+    on(x, p["solarize"], lambda x: TF.solarize(x, 0.5))
+    for slot in range(2):
+        if p["on"][:, slot].any():
+            which = {name: p["on"][:, slot] & (p["op"][:, slot] == k) for k, name in enumerate(OPS)}
+            randaugment(x, which, p["magnitude"][:, slot], p["sign"][:, slot])
 
 
 def on(x, mask, op, *params):
@@ -123,19 +145,20 @@ def on(x, mask, op, *params):
 # ---- photometric operations: images (n, 3, h, w) in [0, 1], one parameter per image (n,) ----
 
 def blend(x, other, factor):
-    return (factor.view(-1, 1, 1, 1) * (x - other) + other).clamp(0, 1)
+    return (factor * (x - other) + other).clamp(0, 1)
 
 
-def brightness(x, factor):
-    return (x * factor.view(-1, 1, 1, 1)).clamp(0, 1)
+def adjustments(kind, factor):
+    """What adjust() takes, (..., 3), for brightness, contrast or saturation: kinds 0, 1, 2."""
+    return torch.stack([factor, kind == 1, kind == 2], -1)
 
 
-def contrast(x, factor):
-    return blend(x, TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), factor)
-
-
-def saturation(x, factor):
-    return blend(x, TF.rgb_to_grayscale(x), factor)
+def adjust(x, settings):
+    """Brightness, contrast or saturation: blends with black, the mean grey or the grey image.
+    settings (n, 3): the factor, and the shares of the latter two."""
+    factor, mean, own = settings.view(-1, 3, 1, 1, 1).unbind(1)
+    grey = TF.rgb_to_grayscale(x)
+    return blend(x, own * grey + mean * grey.mean((1, 2, 3), keepdim=True), factor)
 
 
 def hue(x, shift):
@@ -151,69 +174,102 @@ def hue(x, shift):
     return low[:, None] + (top - low)[:, None] * share
 
 
-def gaussian_blur(x, sigma, radius=11):
-    """Blur by sigma pixels (a standard deviation), reflected borders: columns, then rows. Images
-    have kernels of their own, so that images and channels are the convolutions' groups."""
+def blur_kernels(sigma, pil, size, radius=11):
+    """Kernels (n, taps) of standard deviation sigma (n,) in pixels, for images of this size. pil
+    (n,): PIL's, whose deviation is sigma below 0.5 too, where a sampled Gaussian is a point."""
+    reach = min(radius, size - 1)  # no longer than reflection allows
+    taps, sigma = torch.arange(-reach, reach + 1), sigma.view(-1, 1)
+    sampled = (-0.5 * (taps / sigma) ** 2).exp()
+
+    # three boxes of variance v: 2 l + 1 ones, and at both ends what v asks for (Gwosdek 2011)
+    v = sigma**2 / 3
+    l = (((12 * v + 1).sqrt() - 1) / 2).floor()
+    end = (2 * l + 1) * (3 * v - l * (l + 1)) / (6 * ((l + 1) ** 2 - v))
+    box = torch.where(taps.abs() <= l, 1, torch.where(taps.abs() == l + 1, end, 0))
+    boxes = box
+    for _ in range(2):
+        boxes = F.conv1d(boxes[None], box[:, None], padding=reach, groups=len(box))[0]
+
+    kernels = torch.where(pil.view(-1, 1), boxes, sampled)
+    return kernels / kernels.sum(1, keepdim=True)
+
+
+def blur(x, kernels):
+    """Columns, then rows, by an image's kernel (n, taps), with reflected borders. Images and
+    channels are the convolutions' groups."""
     n, c, h, w = x.shape
+    reach = kernels.shape[1] // 2
+    kernels = kernels.to(x).repeat_interleave(c, 0)[:, None]  # (n c, 1, taps)
+    x = F.pad(x, (reach,) * 4, mode="reflect").flatten(0, 1)[None]
+    x = F.conv2d(x, kernels[..., None], groups=n * c)
+    return F.conv2d(x, kernels[:, :, None], groups=n * c).view(n, c, h, w)
 
-    def kernel(length):
-        reach = min(radius, length - 1)  # no longer than reflection allows
-        taps = torch.arange(-reach, reach + 1, device=x.device)
-        k = (-0.5 * (taps / sigma.view(-1, 1)) ** 2).exp()
-        return (k / k.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # (n c, 1, taps)
+# ---- RandAugment ----
 
-    down, across = kernel(h)[..., None], kernel(w)[:, :, None]
-    rows, cols = down.shape[2] // 2, across.shape[3] // 2
-    x = F.pad(x, (cols, cols, rows, rows), mode="reflect").flatten(0, 1)[None]
-    x = F.conv2d(x, down, groups=n * c)
-    return F.conv2d(x, across, groups=n * c).view(n, c, h, w)
-
-# ---- RandAugment's fifteen operations: (images, magnitude in [0, 1], sign) ----
-
-def affine(x, rows, fill=128 / 255):
-    """Samples x at (an image's 2 x 3 matrix) (x, y, 1), coordinates in [-1, 1]; fill outside."""
-    vector = lambda v: torch.as_tensor(v).to(x, non_blocking=True).expand(len(x))
-    matrix = [torch.stack([vector(v) for v in row], 1) for row in rows]
-    grid = F.affine_grid(torch.stack(matrix, 1), x.shape, align_corners=False)
-    return F.grid_sample(x - fill, grid, align_corners=False) + fill
+OPS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd",
+       "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel",
+       "TranslateYRel")
 
 
-def rotate(x, m, sign):
-    a = math.radians(30) * m * sign
-    return affine(x, [[a.cos(), a.sin(), 0], [-a.sin(), a.cos(), 0]])
+def randaugment(x, which, m, sign):
+    """One operation for each image, in place. which: the images (n,) of each name in OPS. m, sign:
+    their magnitudes (n,) in [0, 1] and signs (n,)."""
+    for name, op in SINGLE.items():
+        on(x, which[name], op, m.view(-1, 1, 1, 1))
+
+    adjusted = which["Brightness"] | which["Contrast"] | which["Color"]
+    kind = which["Contrast"] + 2 * which["Color"]
+    on(x, adjusted, adjust, adjustments(kind, 0.1 + 1.8 * m))
+
+    matrix = m.new_zeros(len(m), 6)
+    for name, entries in AFFINE.items():
+        for k, entry in enumerate(entries(m * sign)):
+            matrix[:, k] = torch.where(which[name], entry, matrix[:, k])
+    on(x, matrix.any(1), affine, matrix.view(-1, 2, 3))
 
 
-def posterize(x, m, sign):
-    step = 2.0 ** (8 - (4 * m).floor()).view(-1, 1, 1, 1)  # keeps 4 bits at m = 1, else 3
+def posterize(x, m):
+    step = 2.0 ** (8 - (4 * m).floor())  # keeps 4 bits at m = 1, else 3
     return (x * 255).round().div(step).floor() * step / 255
 
 
-def solarize(x, m, sign):
-    return torch.where(x * 255 >= (256 * m).floor().view(-1, 1, 1, 1), 1 - x, x)  # none at m = 1
-
-
-def solarize_add(x, m, sign):
-    more = x + (110 * m).floor().view(-1, 1, 1, 1) / 255
+def solarize_add(x, m):
+    more = x + (110 * m).floor() / 255
     return torch.where(x * 255 < 128, more.clamp_max(1), x)
 
 
-OPS = {  # shears are about the upper left corner, as PIL's; translations reach 0.45 of the image
-    "AutoContrast": lambda x, m, sign: TF.autocontrast(x),
-    "Equalize": lambda x, m, sign: TF.equalize((x * 255).round().byte()).to(x.dtype) / 255,
-    "Invert": lambda x, m, sign: 1 - x,
-    "Rotate": rotate,
+def sharpness(x, m):
+    """Blends with PIL's SMOOTH: means of 3 x 3 pixels, five times the middle; not at the border."""
+    kernel = x.new_full((3, 1, 3, 3), 1 / 13)
+    kernel[:, :, 1, 1] = 5 / 13
+    smooth = x.clone()
+    smooth[:, :, 1:-1, 1:-1] += F.conv2d(x, kernel, groups=3) - x[:, :, 1:-1, 1:-1]
+    return blend(x, smooth.clamp(0, 1), 0.1 + 1.8 * m)
+
+
+SINGLE = {
+    "AutoContrast": lambda x, m: TF.autocontrast(x),
+    "Equalize": lambda x, m: TF.equalize((x * 255).round().byte()).to(x.dtype) / 255,
+    "Invert": lambda x, m: 1 - x,
     "Posterize": posterize,
-    "Solarize": solarize,
+    "Solarize": lambda x, m: torch.where(x * 255 >= (256 * m).floor(), 1 - x, x),  # none at m = 1
     "SolarizeAdd": solarize_add,
-    "Color": lambda x, m, sign: saturation(x, 0.1 + 1.8 * m),
-    "Contrast": lambda x, m, sign: contrast(x, 0.1 + 1.8 * m),
-    "Brightness": lambda x, m, sign: brightness(x, 0.1 + 1.8 * m),
-    "Sharpness": lambda x, m, sign: blend(x, TF.adjust_sharpness(x, 0.0), 0.1 + 1.8 * m),
-    "ShearX": lambda x, m, sign: affine(x, [[1, 0.3 * m * sign, 0.3 * m * sign], [0, 1, 0]]),
-    "ShearY": lambda x, m, sign: affine(x, [[1, 0, 0], [0.3 * m * sign, 1, 0.3 * m * sign]]),
-    "TranslateXRel": lambda x, m, sign: affine(x, [[1, 0, 0.9 * m * sign], [0, 1, 0]]),
-    "TranslateYRel": lambda x, m, sign: affine(x, [[1, 0, 0], [0, 1, 0.9 * m * sign]]),
+    "Sharpness": sharpness,
 }
+AFFINE = {  # matrices at s = sign m; shears are about the upper left corner, as PIL's
+    "Rotate": lambda s: ((TURN * s).cos(), (TURN * s).sin(), 0, -(TURN * s).sin(), (TURN * s).cos(), 0),
+    "ShearX": lambda s: (1, 0.3 * s, 0.3 * s, 0, 1, 0),
+    "ShearY": lambda s: (1, 0, 0, 0.3 * s, 1, 0.3 * s),
+    "TranslateXRel": lambda s: (1, 0, 0.9 * s, 0, 1, 0),  # to 0.45 of the image
+    "TranslateYRel": lambda s: (1, 0, 0, 0, 1, 0.9 * s),
+}
+TURN = math.radians(30)
+
+
+def affine(x, matrix, fill=128 / 255):
+    """Samples x at (an image's 2 x 3 matrix) (x, y, 1), coordinates in [-1, 1]; fill outside."""
+    grid = F.affine_grid(matrix.to(x), x.shape, align_corners=False)
+    return F.grid_sample(x - fill, grid, align_corners=False) + fill
 
 # ---- crops and ScaleMix ----
 
@@ -307,15 +363,26 @@ def crops_of(plan):
 def make_views(plan, crops, total, generator, stats, part):
     """Crops (n, 3, s, s), those of crops_of(plan), as views arranged as in the plan. They are the
     slice part of a global batch of total images. stats: the data's mean and std."""
-    crops = iter(crops)
+    views, crops, boxes, batches = [sum(bags, []) for bags in plan], iter(crops), [], {}
+    for view in sum(views, []):
+        for second in range(1 + view.mix):
+            if second:
+                boxes.append(scalemix_boxes(total, view.size, generator)[part])
+            params = {k: v[part] for k, v in draw(view.recipe, total, generator).items()}
+            batches.setdefault(view.size, []).append((next(crops), params))
+
+    # All of one size are augmented in one batch: a GPU starts each operation once.
     mean, std = map(torch.tensor, stats)
+    for size, batch in batches.items():
+        crops, params = zip(*batch, strict=True)
+        params = {k: torch.cat([p[k] for p in params]) for k in params[0]}
+        x = augment(torch.cat(crops), params, mean, std)
+        batches[size] = iter(x.chunk(len(batch)))
 
-    def make(view, mix):
-        params = {k: v[part] for k, v in draw(view.recipe, total, generator).items()}
-        first = augment(next(crops), view.recipe, params, mean, std)
-        if not mix:
-            return first
-        boxes = scalemix_boxes(total, view.size, generator)[part]
-        return scalemix(first, make(view, False), boxes)
+    boxes = iter(boxes)
 
-    return [[[make(view, view.mix) for view in bag] for bag in bags] for bags in plan]
+    def take(view):
+        x = next(batches[view.size])
+        return scalemix(x, next(batches[view.size]), next(boxes)) if view.mix else x
+
+    return [[[take(view) for view in bag] for bag in bags] for bags in plan]
