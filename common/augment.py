@@ -8,7 +8,7 @@ its slice. So a run does not depend on the number of processes; resuming needs n
     params = draw(recipe, 256, rng(seed, step))  # what happens to each image of the global batch
     augment(x, {k: v[rank::world] for k, v in params.items()}, mean, std)  # in place
 
-Images of different recipes may share a batch. Order: flip, jitter (its parts in an order of the image's own), grey, blur, solarize, RandAugment,
+Order: flip, jitter (its parts in an order of the image's own), grey, blur, solarize, RandAugment,
 normalize. The papers' codes flip first or last; it commutes with all but RandAugment, which the
 paper's code has last. Each operation equals torchvision's functional form (tests/test_augment.py
 gives the tolerances). Deviations:
@@ -45,18 +45,16 @@ class Recipe:
     strength: tuple = (0.4, 0.4, 0.4, 0.1)  # of the jitter: brightness, contrast, saturation, hue
     grey: float = 0.2
     blur: float = 0.5  # sigma uniform in [0.1, 2] pixels
-    pil_blur: bool = True  # as PIL's, three box blurs; BYOL and SimCLR sample a Gaussian
+    pil_blur: bool = False  # PIL's three box blurs, not a Gaussian's samples
     solarize: float = 0.0  # inverts what is above 0.5
     randaugment: bool = False
     normalize: bool = True  # SimCLR's images stay in [0, 1]; such a run has mean 0 and std 1
 
 
-V2 = Recipe()  # MoCo v2, SimSiam: both views
-BYOL1 = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.4, 0.4, 0.2, 0.1), blur=1.0,
-               pil_blur=False)
+V2 = Recipe(pil_blur=True)  # MoCo v2, SimSiam: both views
+BYOL1 = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.4, 0.4, 0.2, 0.1), blur=1.0)
 BYOL2 = replace(BYOL1, blur=0.1, solarize=0.2)  # BYOL, Barlow Twins: views 1 and 2
-SIMCLR = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.8, 0.8, 0.8, 0.2), pil_blur=False,
-                normalize=False)
+SIMCLR = Recipe(scale=(0.08, 1.0), bicubic=True, strength=(0.8, 0.8, 0.8, 0.2), normalize=False)
 
 
 def strong(recipe):
@@ -94,69 +92,63 @@ def draw(recipe, n, generator):
 
 
 def augment(x, params, mean, std):
-    """Applies n rows of draw()'s parameters to images (n, 3, s, s) in [0, 1], in place, and
-    normalizes them. mean, std: (3,)."""
+    """Does to images (n, 3, s, s) in [0, 1], in place, what n rows of draw()'s parameters say. A
+    GPU takes all at once, a CPU what its cache holds. mean, std: (3,)."""
+    todo = list(operations(params, x.shape[3]))
+    some = len(x) if x.device.type != "cpu" else max(1, 2**20 // x[0].numel())
+    for i in range(0, len(x), some):
+        for op, mask, *settings in todo:
+            rows = mask[i : i + some].nonzero().squeeze(1) + i  # on the CPU: no GPU waits
+            if len(rows):
+                there = rows.to(x.device, non_blocking=True)
+                settings = [s[rows].to(x, non_blocking=True) for s in settings]
+                x.index_copy_(0, there, op(x.index_select(0, there), *settings))
+
     mean, std = (s.to(x, non_blocking=True).view(3, 1, 1) for s in (mean, std))
-    # a GPU takes all images at once, a CPU as many as its cache holds
-    n = max(1, CACHE // x[0].numel()) if x.device.type == "cpu" else len(x)
-    for i in range(0, len(x), n):
-        some = x[i : i + n]
-        photometric(some, {k: v[i : i + n] for k, v in params.items()})
-        some.sub_(mean).div_(std)
-    return x
+    return x.sub_(mean).div_(std)
 
 
-CACHE = 2**20  # numbers
+def operations(p, size):
+    """In their order: an operation, the images (n,) that it is for, and its settings (n, ...)."""
+    yield lambda x: x.flip(3), p["flip"]
 
-
-def photometric(x, p):
-    """augment() without the normalization."""
-    on(x, p["flip"], lambda x: x.flip(3))
-
-    # The jitter's parts stand in four slots. Hue is the dearest and comes once, for all images: the
-    # slots of each before its hue, then hue, then the slots after it.
-    hue_slot = (p["order"] == 3).int().argmax(1)
-    settings = adjustments(p["order"], p["factors"].gather(1, p["order"]))  # (n, 4, 3)
+    # The jitter's parts stand in four slots. Hue, the dearest, comes once, for all images: before
+    # it the slots that precede an image's hue, then the others.
+    order, hue_slot = p["order"], (p["order"] == 3).int().argmax(1)
+    settings = torch.stack([p["factors"].gather(1, order), order == 1, order == 2], 2)
+    settings = settings[..., None, None]  # (n, 4, 3, 1, 1)
     for slot in range(3):
-        on(x, p["jitter"] & (slot < hue_slot), adjust, settings[:, slot])
-    on(x, p["jitter"], hue, p["factors"][:, 3])
+        yield adjust, p["jitter"] & (slot < hue_slot), settings[:, slot]
+    yield hue, p["jitter"], p["factors"][:, 3]
     for slot in range(1, 4):
-        on(x, p["jitter"] & (slot > hue_slot), adjust, settings[:, slot])
+        yield adjust, p["jitter"] & (slot > hue_slot), settings[:, slot]
 
-    on(x, p["grey"], lambda x: TF.rgb_to_grayscale(x, 3))
+    yield lambda x: TF.rgb_to_grayscale(x, 3), p["grey"]
     if p["blur"].any():
-        on(x, p["blur"], blur, blur_kernels(p["sigma"], p["pil_blur"], x.shape[3]))
-    on(x, p["solarize"], lambda x: TF.solarize(x, 0.5))
-    for slot in range(2):
-        if p["on"][:, slot].any():
-            which = {name: p["on"][:, slot] & (p["op"][:, slot] == k) for k, name in enumerate(OPS)}
-            randaugment(x, which, p["magnitude"][:, slot], p["sign"][:, slot])
+        yield blur, p["blur"], blur_kernels(p["sigma"], p["pil_blur"], size)
+    yield lambda x: TF.solarize(x, 0.5), p["solarize"]
 
+    for slot in range(2 if p["on"].any() else 0):
+        m, found = p["magnitude"][:, slot], {}
+        for k, (op, settings) in enumerate(OPS.values()):
+            mask = p["on"][:, slot] & (p["op"][:, slot] == k)
+            values = map(torch.as_tensor, settings(m, m * p["sign"][:, slot]))
+            new = torch.stack(torch.broadcast_tensors(*values), 1)
+            others, old = found.get(op, (mask, new))  # some have one function
+            found[op] = others | mask, torch.where(mask[:, None], new, old)
+        yield from ((op, mask, settings[..., None, None]) for op, (mask, settings) in found.items())
 
-def on(x, mask, op, *params):
-    """Replaces images by op(images, *their parameters). mask: (n,), on the CPU: no GPU waits."""
-    rows = mask.nonzero().squeeze(1)
-    if len(rows):
-        there = rows.to(x.device, non_blocking=True)
-        params = [p[rows].to(x.device, non_blocking=True) for p in params]
-        new = op(x.index_select(0, there), *params)
-        x.index_copy_(0, there, new.to(x.dtype))
-
-# ---- photometric operations: images (n, 3, h, w) in [0, 1], one parameter per image (n,) ----
+# ---- photometric operations: images (n, 3, h, w) in [0, 1], which they may overwrite ----
 
 def blend(x, other, factor):
-    return (factor * (x - other) + other).clamp(0, 1)
-
-
-def adjustments(kind, factor):
-    """What adjust() takes, (..., 3), for brightness, contrast or saturation: kinds 0, 1, 2."""
-    return torch.stack([factor, kind == 1, kind == 2], -1)
+    """factor x + (1 - factor) other, in [0, 1]."""
+    return x.sub_(other).mul_(factor).add_(other).clamp_(0, 1)
 
 
 def adjust(x, settings):
     """Brightness, contrast or saturation: blends with black, the mean grey or the grey image.
-    settings (n, 3): the factor, and the shares of the latter two."""
-    factor, mean, own = settings.view(-1, 3, 1, 1, 1).unbind(1)
+    settings (n, 3, 1, 1): the factor, and the shares of the latter two."""
+    factor, mean, own = settings.unsqueeze(2).unbind(1)
     grey = TF.rgb_to_grayscale(x)
     return blend(x, own * grey + mean * grey.mean((1, 2, 3), keepdim=True), factor)
 
@@ -170,27 +162,25 @@ def hue(x, shift):
     red_or_green = torch.where(top == g, 2 + (b - r) / c, 4 + (r - g) / c)
     sixth = torch.where(top == r, (g - b) / c, red_or_green)
     h = (sixth + 6 * shift.view(-1, 1, 1)) % 6  # red at 0, green at 2, blue at 4
-    share = torch.stack([(h - 3).abs() - 1, 2 - (h - 2).abs(), 2 - (h - 4).abs()], 1).clamp(0, 1)
-    return low[:, None] + (top - low)[:, None] * share
+    share = torch.stack([(h - 3).abs() - 1, 2 - (h - 2).abs(), 2 - (h - 4).abs()], 1).clamp_(0, 1)
+    return share.mul_((top - low)[:, None]).add_(low[:, None])
 
 
 def blur_kernels(sigma, pil, size, radius=11):
-    """Kernels (n, taps) of standard deviation sigma (n,) in pixels, for images of this size. pil
-    (n,): PIL's, whose deviation is sigma below 0.5 too, where a sampled Gaussian is a point."""
+    """Kernels (n, taps) of standard deviation sigma (n,), in pixels, for images of this size. pil
+    (n,): of three boxes, whose deviation is sigma below 0.5 too; else a Gaussian's samples."""
     reach = min(radius, size - 1)  # no longer than reflection allows
-    taps, sigma = torch.arange(-reach, reach + 1), sigma.view(-1, 1)
-    sampled = (-0.5 * (taps / sigma) ** 2).exp()
+    taps, sigma = torch.arange(-reach, reach + 1), sigma[:, None]
 
-    # three boxes of variance v: 2 l + 1 ones, and at both ends what v asks for (Gwosdek 2011)
+    # a box of variance v: 2 l + 1 ones, and at both ends what v asks for (Gwosdek et al. 2011)
     v = sigma**2 / 3
     l = (((12 * v + 1).sqrt() - 1) / 2).floor()
     end = (2 * l + 1) * (3 * v - l * (l + 1)) / (6 * ((l + 1) ** 2 - v))
-    box = torch.where(taps.abs() <= l, 1, torch.where(taps.abs() == l + 1, end, 0))
-    boxes = box
-    for _ in range(2):
-        boxes = F.conv1d(boxes[None], box[:, None], padding=reach, groups=len(box))[0]
+    box = (l + end + 1 - taps.abs()).clamp(0, 1)
+    twice = F.conv1d(box[None], box[:, None], padding=reach, groups=len(box))
+    boxes = F.conv1d(twice, box[:, None], padding=reach, groups=len(box))[0]
 
-    kernels = torch.where(pil.view(-1, 1), boxes, sampled)
+    kernels = torch.where(pil[:, None], boxes, (-0.5 * (taps / sigma) ** 2).exp())
     return kernels / kernels.sum(1, keepdim=True)
 
 
@@ -199,33 +189,17 @@ def blur(x, kernels):
     channels are the convolutions' groups."""
     n, c, h, w = x.shape
     reach = kernels.shape[1] // 2
-    kernels = kernels.to(x).repeat_interleave(c, 0)[:, None]  # (n c, 1, taps)
+    kernels = kernels.repeat_interleave(c, 0)[:, None]  # (n c, 1, taps)
     x = F.pad(x, (reach,) * 4, mode="reflect").flatten(0, 1)[None]
     x = F.conv2d(x, kernels[..., None], groups=n * c)
     return F.conv2d(x, kernels[:, :, None], groups=n * c).view(n, c, h, w)
 
-# ---- RandAugment ----
+# ---- RandAugment's fifteen operations ----
 
-OPS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd",
-       "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel",
-       "TranslateYRel")
-
-
-def randaugment(x, which, m, sign):
-    """One operation for each image, in place. which: the images (n,) of each name in OPS. m, sign:
-    their magnitudes (n,) in [0, 1] and signs (n,)."""
-    for name, op in SINGLE.items():
-        on(x, which[name], op, m.view(-1, 1, 1, 1))
-
-    adjusted = which["Brightness"] | which["Contrast"] | which["Color"]
-    kind = which["Contrast"] + 2 * which["Color"]
-    on(x, adjusted, adjust, adjustments(kind, 0.1 + 1.8 * m))
-
-    matrix = m.new_zeros(len(m), 6)
-    for name, entries in AFFINE.items():
-        for k, entry in enumerate(entries(m * sign)):
-            matrix[:, k] = torch.where(which[name], entry, matrix[:, k])
-    on(x, matrix.any(1), affine, matrix.view(-1, 2, 3))
+def affine(x, matrix, fill=128 / 255):
+    """Samples x at (an image's 2 x 3 matrix) (x, y, 1), coordinates in [-1, 1]; fill outside."""
+    grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)
+    return F.grid_sample(x - fill, grid, align_corners=False) + fill
 
 
 def posterize(x, m):
@@ -233,43 +207,34 @@ def posterize(x, m):
     return (x * 255).round().div(step).floor() * step / 255
 
 
-def solarize_add(x, m):
-    more = x + (110 * m).floor() / 255
-    return torch.where(x * 255 < 128, more.clamp_max(1), x)
-
-
-def sharpness(x, m):
+def sharpen(x, factor):
     """Blends with PIL's SMOOTH: means of 3 x 3 pixels, five times the middle; not at the border."""
     kernel = x.new_full((3, 1, 3, 3), 1 / 13)
     kernel[:, :, 1, 1] = 5 / 13
     smooth = x.clone()
     smooth[:, :, 1:-1, 1:-1] += F.conv2d(x, kernel, groups=3) - x[:, :, 1:-1, 1:-1]
-    return blend(x, smooth.clamp(0, 1), 0.1 + 1.8 * m)
+    return blend(x, smooth.clamp_(0, 1), factor)
 
 
-SINGLE = {
-    "AutoContrast": lambda x, m: TF.autocontrast(x),
-    "Equalize": lambda x, m: TF.equalize((x * 255).round().byte()).to(x.dtype) / 255,
-    "Invert": lambda x, m: 1 - x,
-    "Posterize": posterize,
-    "Solarize": lambda x, m: torch.where(x * 255 >= (256 * m).floor(), 1 - x, x),  # none at m = 1
-    "SolarizeAdd": solarize_add,
-    "Sharpness": sharpness,
+OPS = {  # the function, and its settings at magnitude m and s = m times sign, both (n,)
+    "AutoContrast": (lambda x, m: TF.autocontrast(x), lambda m, s: [m]),
+    "Equalize": (lambda x, m: TF.equalize((x * 255).round().byte()).to(x) / 255, lambda m, s: [m]),
+    "Invert": (lambda x, m: 1 - x, lambda m, s: [m]),
+    "Rotate": (affine, lambda m, s: [(a := math.radians(30) * s).cos(), a.sin(), 0,
+                                     -a.sin(), a.cos(), 0]),
+    "Posterize": (posterize, lambda m, s: [m]),
+    "Solarize": (lambda x, m: torch.where(x * 255 >= m, 1 - x, x), lambda m, s: [(256 * m).floor()]),
+    "SolarizeAdd": (lambda x, more: torch.where(x * 255 < 128, (x + more).clamp_max(1), x),
+                    lambda m, s: [(110 * m).floor() / 255]),
+    "Color": (adjust, lambda m, s: [0.1 + 1.8 * m, 0, 1]),
+    "Contrast": (adjust, lambda m, s: [0.1 + 1.8 * m, 1, 0]),
+    "Brightness": (adjust, lambda m, s: [0.1 + 1.8 * m, 0, 0]),
+    "Sharpness": (sharpen, lambda m, s: [0.1 + 1.8 * m]),
+    "ShearX": (affine, lambda m, s: [1, 0.3 * s, 0.3 * s, 0, 1, 0]),  # about the upper left corner,
+    "ShearY": (affine, lambda m, s: [1, 0, 0, 0.3 * s, 1, 0.3 * s]),  # as PIL's
+    "TranslateXRel": (affine, lambda m, s: [1, 0, 0.9 * s, 0, 1, 0]),  # to 0.45 of the image
+    "TranslateYRel": (affine, lambda m, s: [1, 0, 0, 0, 1, 0.9 * s]),
 }
-AFFINE = {  # matrices at s = sign m; shears are about the upper left corner, as PIL's
-    "Rotate": lambda s: ((TURN * s).cos(), (TURN * s).sin(), 0, -(TURN * s).sin(), (TURN * s).cos(), 0),
-    "ShearX": lambda s: (1, 0.3 * s, 0.3 * s, 0, 1, 0),
-    "ShearY": lambda s: (1, 0, 0, 0.3 * s, 1, 0.3 * s),
-    "TranslateXRel": lambda s: (1, 0, 0.9 * s, 0, 1, 0),  # to 0.45 of the image
-    "TranslateYRel": lambda s: (1, 0, 0, 0, 1, 0.9 * s),
-}
-TURN = math.radians(30)
-
-
-def affine(x, matrix, fill=128 / 255):
-    """Samples x at (an image's 2 x 3 matrix) (x, y, 1), coordinates in [-1, 1]; fill outside."""
-    grid = F.affine_grid(matrix.to(x), x.shape, align_corners=False)
-    return F.grid_sample(x - fill, grid, align_corners=False) + fill
 
 # ---- crops and ScaleMix ----
 
@@ -363,26 +328,20 @@ def crops_of(plan):
 def make_views(plan, crops, total, generator, stats, part):
     """Crops (n, 3, s, s), those of crops_of(plan), as views arranged as in the plan. They are the
     slice part of a global batch of total images. stats: the data's mean and std."""
-    views, crops, boxes, batches = [sum(bags, []) for bags in plan], iter(crops), [], {}
-    for view in sum(views, []):
-        for second in range(1 + view.mix):
-            if second:
-                boxes.append(scalemix_boxes(total, view.size, generator)[part])
-            params = {k: v[part] for k, v in draw(view.recipe, total, generator).items()}
-            batches.setdefault(view.size, []).append((next(crops), params))
+    boxes, draws, views = [], {}, {}
+    for view in (view for bags in plan for view in sum(bags, [])):
+        draws.setdefault(view.size, []).append(draw(view.recipe, total, generator))
+        if view.mix:
+            boxes.append(scalemix_boxes(total, view.size, generator)[part])
+            draws[view.size].append(draw(view.recipe, total, generator))
 
-    # All of one size are augmented in one batch: a GPU starts each operation once.
-    mean, std = map(torch.tensor, stats)
-    for size, batch in batches.items():
-        crops, params = zip(*batch, strict=True)
-        params = {k: torch.cat([p[k] for p in params]) for k in params[0]}
-        x = augment(torch.cat(crops), params, mean, std)
-        batches[size] = iter(x.chunk(len(batch)))
-
-    boxes = iter(boxes)
+    for size, several in draws.items():  # in one batch: a GPU starts each operation once
+        x = torch.cat([x for x in crops if x.shape[3] == size])
+        params = {k: torch.cat([p[k][part] for p in several]) for k in several[0]}
+        views[size] = iter(augment(x, params, *map(torch.tensor, stats)).chunk(len(several)))
 
     def take(view):
-        x = next(batches[view.size])
-        return scalemix(x, next(batches[view.size]), next(boxes)) if view.mix else x
+        x = next(views[view.size])
+        return scalemix(x, next(views[view.size]), boxes.pop(0)) if view.mix else x
 
     return [[[take(view) for view in bag] for bag in bags] for bags in plan]
