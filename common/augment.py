@@ -223,7 +223,8 @@ OPS = {  # the function, and its settings at magnitude m and s = m times sign, b
     "Rotate": (affine, lambda m, s: [(a := math.radians(30) * s).cos(), a.sin(), 0,
                                      -a.sin(), a.cos(), 0]),
     "Posterize": (posterize, lambda m, s: [m]),
-    "Solarize": (lambda x, m: torch.where(x * 255 >= m, 1 - x, x), lambda m, s: [(256 * m).floor()]),
+    "Solarize": (lambda x, low: torch.where(x * 255 >= low, 1 - x, x),
+                 lambda m, s: [(256 * m).floor()]),  # none at m = 1
     "SolarizeAdd": (lambda x, more: torch.where(x * 255 < 128, (x + more).clamp_max(1), x),
                     lambda m, s: [(110 * m).floor() / 255]),
     "Color": (adjust, lambda m, s: [0.1 + 1.8 * m, 0, 1]),

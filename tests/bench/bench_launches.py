@@ -4,11 +4,10 @@
     python tests/bench/bench_launches.py --worlds 8 --scripts byol_asym --flags "--symmetrize"
 
 The device is torch's "meta", whose tensors have shapes and no numbers. What the host keeps is real, so
-that masks choose as many images as in training. On meta, torch dispatches what it does on CUDA, but:
-autocast is emulated (convolutions and linear layers in bf16), and kernels are counted by operation:
-one for each that is neither a view nor an allocation. A few, such as AutoContrast's or those over
-lists of tensors, start several. Processes are torch's fake group; the gradients' exchange, which
-DistributedDataParallel does in a few large pieces, is apart.
+that masks choose as many images as in training. On meta, torch dispatches what it does on CUDA, but
+autocast, which is emulated: convolutions and linear layers in bf16. A launch is an operation that is
+neither a view nor an allocation; those over lists of tensors may start several kernels. Processes are
+torch's fake group; the gradients' exchange by DistributedDataParallel, in few large pieces, is apart.
 
 Columns: launches of each part (crops: their arrival from the loader; BN: forward, and backward where
 synchronised; loss: the rest of forward); all of them, and as a multiple of "plain", the forward and
@@ -41,8 +40,7 @@ META = torch.device("meta")
 ALL_ON = "--multicrop-src --scalemix-src --aug-src strong --asym-aug --asym-bn --mean-enc 2"
 DESIGNS = ("--multicrop-src", "--scalemix-src", "--aug-src strong", "--asym-bn", "--mean-enc 2", ALL_ON)
 PARTS = "crops", "views", "source", "target", "BN", "loss", "backward", "optimiser"
-NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
-             "lift_fresh", "_reshape_alias"}
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 
 
 class Step(TorchDispatchMode):
@@ -122,10 +120,8 @@ def count(name, flags, world, batch=32):
     and the waits of logging."""
     script = importlib.import_module(name)
     flags = f"--data none --recipe imagenet --batch-size {batch * world} {flags}"
-    args = script.parse_args(flags.split())
+    args, step, plain = script.parse_args(flags.split()), Step(), Step()
     args.amp = "bf16"
-
-    step, plain = Step(), Step()
     crops = [torch.zeros(batch, 3, view.size, view.size, dtype=torch.uint8)
              for view in augment.crops_of(script.plan_views(args))]
     images = SimpleNamespace(pixels=None, paths=(), report=lambda bad: None, stats=data.HALF)
@@ -141,8 +137,7 @@ def count(name, flags, world, batch=32):
         replace(data, loader=lambda *args, **kwargs: itertools.repeat((crops, torch.tensor([-1]))),
                 make_views=step.within("views", data.make_views))
         replace(script.BatchNorm, forward=step.within("BN", script.BatchNorm.forward))
-        if hasattr(script, "SyncNorm"):
-            replace(script.SyncNorm, backward=staticmethod(step.within("BN", script.SyncNorm.backward)))
+        replace(script.SyncNorm, backward=staticmethod(step.within("BN", script.SyncNorm.backward)))
 
         torch.manual_seed(0)
         model = script.Method(args).to(META)
@@ -179,9 +174,9 @@ def count(name, flags, world, batch=32):
 
 def row(name, flags, world, batch):
     step, plain, logging = count(name, flags, world, batch)
-    total, least = step.launches.total(), plain.launches.total()
+    total = step.launches.total()
     return [f"{name.removesuffix('_asym')} {flags}".strip(), *(step.launches[part] for part in PARTS),
-            total, f"{total / least:.2f}", step.copies, f"{len(step.waits)} / {logging}", step.exchanges,
+            total, f"{total / plain.launches.total():.2f}", step.copies, f"{len(step.waits)} / {logging}", step.exchanges,
             f"{step.gigabytes():.2f}", f"{step.gigabytes() / plain.gigabytes():.2f}"]
 
 
