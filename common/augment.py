@@ -116,7 +116,6 @@ def operations(p, size):
     # it the slots that precede an image's hue, then the others.
     order, hue_slot = p["order"], (p["order"] == 3).int().argmax(1)
     settings = torch.stack([p["factors"].gather(1, order), order == 1, order == 2], 2)
-    settings = settings[..., None, None]  # (n, 4, 3, 1, 1)
     for slot in range(3):
         yield adjust, p["jitter"] & (slot < hue_slot), settings[:, slot]
     yield hue, p["jitter"], p["factors"][:, 3]
@@ -147,8 +146,8 @@ def blend(x, other, factor):
 
 def adjust(x, settings):
     """Brightness, contrast or saturation: blends with black, the mean grey or the grey image.
-    settings (n, 3, 1, 1): the factor, and the shares of the latter two."""
-    factor, mean, own = settings.unsqueeze(2).unbind(1)
+    settings (n, 3): the factor, and the shares of the latter two."""
+    factor, mean, own = settings.view(-1, 3, 1, 1, 1).unbind(1)
     grey = TF.rgb_to_grayscale(x)
     return blend(x, own * grey + mean * grey.mean((1, 2, 3), keepdim=True), factor)
 
@@ -171,7 +170,6 @@ def blur_kernels(sigma, pil, size, radius=11):
     (n,): of three boxes, whose deviation is sigma below 0.5 too; else a Gaussian's samples."""
     reach = min(radius, size - 1)  # no longer than reflection allows
     taps, sigma = torch.arange(-reach, reach + 1), sigma[:, None]
-
     # a box of variance v: 2 l + 1 ones, and at both ends what v asks for (Gwosdek et al. 2011)
     v = sigma**2 / 3
     l = (((12 * v + 1).sqrt() - 1) / 2).floor()
@@ -185,11 +183,10 @@ def blur_kernels(sigma, pil, size, radius=11):
 
 
 def blur(x, kernels):
-    """Columns, then rows, by an image's kernel (n, taps), with reflected borders. Images and
-    channels are the convolutions' groups."""
+    """Columns, then rows, by each image's own kernel (n, taps), with reflected borders."""
     n, c, h, w = x.shape
     reach = kernels.shape[1] // 2
-    kernels = kernels.repeat_interleave(c, 0)[:, None]  # (n c, 1, taps)
+    kernels = kernels.repeat_interleave(c, 0)[:, None]  # (n c, 1, taps): groups
     x = F.pad(x, (reach,) * 4, mode="reflect").flatten(0, 1)[None]
     x = F.conv2d(x, kernels[..., None], groups=n * c)
     return F.conv2d(x, kernels[:, :, None], groups=n * c).view(n, c, h, w)
@@ -200,11 +197,6 @@ def affine(x, matrix, fill=128 / 255):
     """Samples x at (an image's 2 x 3 matrix) (x, y, 1), coordinates in [-1, 1]; fill outside."""
     grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)
     return F.grid_sample(x - fill, grid, align_corners=False) + fill
-
-
-def posterize(x, m):
-    step = 2.0 ** (8 - (4 * m).floor())  # keeps 4 bits at m = 1, else 3
-    return (x * 255).round().div(step).floor() * step / 255
 
 
 def sharpen(x, factor):
@@ -222,7 +214,8 @@ OPS = {  # the function, and its settings at magnitude m and s = m times sign, b
     "Invert": (lambda x, m: 1 - x, lambda m, s: [m]),
     "Rotate": (affine, lambda m, s: [(a := math.radians(30) * s).cos(), a.sin(), 0,
                                      -a.sin(), a.cos(), 0]),
-    "Posterize": (posterize, lambda m, s: [m]),
+    "Posterize": (lambda x, step: (x * 255).round().div(step).floor() * step / 255,
+                  lambda m, s: [2.0 ** (8 - (4 * m).floor())]),  # keeps 4 bits at m = 1, else 3
     "Solarize": (lambda x, low: torch.where(x * 255 >= low, 1 - x, x),
                  lambda m, s: [(256 * m).floor()]),  # none at m = 1
     "SolarizeAdd": (lambda x, more: torch.where(x * 255 < 128, (x + more).clamp_max(1), x),
