@@ -177,7 +177,6 @@ def blur_kernels(sigma, pil, size, radius=11):
     box = (l + end + 1 - taps.abs()).clamp(0, 1)
     twice = F.conv1d(box[None], box[:, None], padding=reach, groups=len(box))
     boxes = F.conv1d(twice, box[:, None], padding=reach, groups=len(box))[0]
-
     kernels = torch.where(pil[:, None], boxes, (-0.5 * (taps / sigma) ** 2).exp())
     return kernels / kernels.sum(1, keepdim=True)
 
