@@ -61,14 +61,14 @@ def large(repeats):
 
 def photometric_part(repeats):
     """What is left for the training device: jitter, grey, blur, flip, normalisation, float conversion."""
-    (mean, std), n, steps = map(torch.tensor, bench.IMAGENET), 64, itertools.count()
+    n, steps = 64, itertools.count()
     rows = [["photometric ms per view on the CPU", "PIL", f"ours, batch {n}", "PIL / ours", "(range)"]]
     for size, blur in ((32, False), (224, True)):
         recipe, x = replace(augment.V2, blur=0.5 * blur), pictures(n, size)
         pil, transform = [Image.fromarray(v.permute(1, 2, 0).numpy()) for v in x], T.Compose(bench.photometric(blur))
         work = {"PIL": lambda pil=pil, transform=transform: torch.stack([transform(image) for image in pil]),
-                "ours": lambda x=x, recipe=recipe: augment.augment(
-                    x.float() / 255, recipe, augment.draw(recipe, n, rng(0, next(steps))), mean, std)}
+                "ours": lambda x=x, plan=[[[View(recipe, size)]], []]: augment.make_views(
+                    plan, [x.float() / 255], n, rng(0, next(steps)), bench.IMAGENET, slice(None))}
         rows.append([f"{size} px, {'with' if blur else 'without'} blur", *compare(measure(work, repeats), n)])
     table(rows)
 
