@@ -89,10 +89,9 @@ def method_checks(args):
 def augmentations(args):
     """Recipes of source and target before AsymAug: BYOL's two, without blur on small images. Which
     one the paper gave to the source is not known; ours always blurs and never solarizes. A ResNet's
-    crops begin at 0.2 of the area, a ViT's at 0.08; interpolation is bilinear."""
-    first, second = augment.BYOL1, augment.BYOL2
-    scale = (0.08 if is_vit(args) else 0.2, 1.0)
-    first, second = (replace(one, bicubic=False, scale=scale) for one in (first, second))
+    crops begin at 0.2 of the area, a ViT's at 0.08; interpolation is bilinear, the blur PIL's."""
+    own = {"scale": (0.08 if is_vit(args) else 0.2, 1.0), "bicubic": False, "pil_blur": True}
+    first, second = replace(augment.BYOL1, **own), replace(augment.BYOL2, **own)
     if args.recipe != "imagenet":
         first, second = replace(first, blur=0.0), replace(second, blur=0.0)
     return (second, first) if args.swap_aug else (first, second)

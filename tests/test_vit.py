@@ -38,16 +38,16 @@ def test_it_is_torchvisions_with_these_positions_at_each_size(size):
     """torchvision's own forward pass knows one size; it gets the positions as its parameter."""
     net, width = vit()
     nn.init.normal_(net.class_token)
-    theirs = torchvision.models.VisionTransformer(size, 4, 12, 3, 192, 768)
+    theirs = torchvision.models.VisionTransformer(size, 4, 4, 3, 96, 384)
     weights = {k: v for k, v in net.state_dict().items() if k != "encoder.pos_embedding"}
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert len(missing) == 3 and not unexpected  # positions and the classifier's
     theirs.heads = nn.Identity()
-    theirs.encoder.pos_embedding.data = M.sincos(size // 4, 4, 192)
+    theirs.encoder.pos_embedding.data = M.sincos(size // 4, 4, 96)
 
     x = torch.randn(3, 3, size, size, generator=rng(0))
     z = net(x)
-    assert width == 192
+    assert width == 96
     close(z, theirs(x), 1e-4, 1e-5)
     close(net.eval()(x), z, 1e-3, 1e-4)  # torch's fused path
     assert (z - net(x.flip(3))).abs().max() > 1e-3  # places matter
