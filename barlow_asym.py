@@ -86,7 +86,7 @@ def method_checks(args):
 
 def augmentations(args):
     """Recipes of source and target before AsymAug: BYOL's two, without blur on small images. Which
-    one the paper gave to the source is not known; ours always blurs, as PIL, and never solarizes."""
+    one the paper gave to the source is not known; ours always blurs, as PIL, never solarizes."""
     first, second = (replace(one, pil_blur=True) for one in (augment.BYOL1, augment.BYOL2))
     if args.recipe != "imagenet":
         first, second = replace(first, blur=0.0), replace(second, blur=0.0)
