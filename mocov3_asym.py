@@ -193,7 +193,7 @@ Method = MoCoV3
 # Patch size, blocks, width, heads: small and base are MoCo v3's, tiny is our choice, for 32 px.
 VITS = {"vit_tiny": (4, 4, 96, 3), "vit_small": (16, 12, 384, 12), "vit_base": (16, 12, 768, 12)}
 VIT_RECIPES = {
-    "epochs":        (100,        200,         16,          "length of training and schedules"),
+    "epochs":        (100,        200,         12,          "length of training and schedules"),
     "lr":            (1.5e-4,     1.5e-4,      4e-3,        "learning rate per 256 images"),
     "wd":            (0.1,        0.1,         0.1,         "weight decay"),
     "warmup_epochs": (40.0,       40.0,        1.0,         "linear warm-up of the learning rate"),
