@@ -1,8 +1,8 @@
 """Data sets in, views out.
 
-load() gives an Images object: either all pixels in memory as one uint8 tensor (demo data, CIFAR,
-folders of equally sized images), or a table of paths that workers decode. Either way stream()
-yields, step by step, the views of this process's share of the global batch.
+load() gives an Images object: all pixels in memory as one uint8 tensor (demo data, CIFAR, folders
+of equally sized images), or a table of paths that workers decode. From either, stream() yields,
+step by step, the views of this process's share of the global batch.
 """
 
 import contextlib
@@ -10,8 +10,10 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import signal
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.augment import crop_batch, crop_boxes, crops_of, make_views, rng
 
@@ -28,7 +30,9 @@ CIFAR = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 HALF = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for methods that do not normalise
 NAMES = {"demo": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "fashion-mnist": 28}  # pixels
-SUFFIXES = ".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"
+TRAIN = "train", "training"  # names of splits, in any case, with or without a number
+HELD = "val", "valid", "validation", "dev", "test", "testing"  # the first is preferred
+SUFFIXES = tuple(".jpg .jpeg .jfif .png .bmp .ppm .pgm .tif .tiff .webp .gif".split())
 FORMATS = "JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"  # PIL's EPS, say, starts programs
 IN_MEMORY = 2**30  # bytes: a folder of equally sized images up to this size is decoded at the start
 
@@ -48,6 +52,7 @@ class Images:
     labels: torch.Tensor = None  # int64 (n,), -1 for none
     classes: tuple = ()
     stats: tuple = IMAGENET  # mean and standard deviation per channel
+    notes: tuple = ()  # how a folder was understood, and what is left out
     bad: tuple = ()  # paths found unreadable in loading
     names: str = ""  # of the set, or a digest: by it a run that continues knows its data again
 
@@ -67,9 +72,12 @@ class Images:
             return self.pixels[row], row
         for i in range(100):
             there = (row + i) % len(self)
-            with contextlib.suppress(Exception):  # PIL raises nearly anything; report() says what
-                return read_image(os.fsdecode(self.paths[there]), shrink), there
-        raise DataError(f"no readable image among 100 from {os.fsdecode(self.paths[row])} on")
+            path = os.fsdecode(self.paths[there])
+            try:
+                return read_image(path, shrink), there
+            except Exception as e:  # PIL raises nearly anything; report() says what
+                why = reason(e)
+        raise DataError(f"no readable image among 100, the last {path!r} ({why})")
 
     @classmethod
     def report(cls, paths):
@@ -80,51 +88,118 @@ class Images:
             try:
                 read_image(path)
             except Exception as e:
-                why = " ".join(f"{type(e).__name__}: {e}".split())  # in one line
-            print(f"unreadable image, replaced by the next: {path} ({why})", file=sys.stderr)
+                why = reason(e)
+            print(f"unreadable image, replaced by the next: {path!r} ({why})", file=sys.stderr)
+
+
+def reason(e):
+    return " ".join(f"{type(e).__name__}: {e}".split())  # in one line
 
 
 def read_image(path, shrink=None):
-    """An image file as uint8 (3, h, w): grey repeated, alpha dropped, CMYK converted, 16 bits
-    scaled to 8. shrink(height, width), if given, says how many times smaller the image may come: by
-    2, 4 or 8 a JPEG file is decoded in a fraction of the time."""
+    """An image file as uint8 (3, h, w): turned as its EXIF says, grey repeated, CMYK converted, put
+    on white where it is transparent, 16 bits scaled to 8. ValueError for floats and 32 bits, whose
+    range a file does not state. shrink(height, width), if given, says how many times smaller it may
+    come: by 2, 4 or 8 a JPEG file is decoded in a fraction of the time."""
     with Image.open(path, formats=FORMATS) as image:
-        if shrink and (times := int(shrink(image.height, image.width))) > 1:
+        if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+            raise ValueError(f"{image.mode} pixels have no known range; save them with 8 bits")
+        if image.format not in ("JPEG", "MPO"):
+            image.load()  # before EXIF is read: in PNG it may come last, and TIFF turns itself
+        sideways = False
+        with contextlib.suppress(Exception):  # broken EXIF is no broken image
+            sideways = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        width, height = image.size[::-1] if sideways else image.size
+        if shrink and (times := int(shrink(height, width))) > 1:
             image.draft(None, (image.width // times, image.height // times))
-        if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
-            deep = np.asarray(image, dtype=np.float32) / 257
-            image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
+        image.load()
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+
+        if image.mode[0] == "I":  # PIL would clip 16 bits at 255
+            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+        if image.has_transparency_data:
+            paper = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(paper, image.convert("RGBA"))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 # ---- loading ----
 
 def load(name, root="data", download=False):
     """The images to train on, and the bank and the queries of kNN, which are None without labels.
-    name: one of NAMES, a file for load_npz(), or a folder: an ImageNet-style tree with train/ and
-    val/ (or test/), a class tree, or plain images. Without val every tenth image asks, the others
-    answer, and all train. root: where torchvision's sets are, or go. Raises DataError."""
+    name: one of NAMES, a file for load_npz(), or a folder: with splits, see splits(), a class tree,
+    or plain images. Without val every tenth image asks, the others answer, and all train. root:
+    where torchvision's sets are, or go. Says in one line what was found. Raises DataError."""
     if name == "demo":
         train = draw_demo(4096, 0)
         return train, train, draw_demo(1024, 1)
     if name in NAMES:
         return load_torchvision(name, root, download)
 
-    split = os.path.isdir(os.path.join(name, "train"))
-    held = [p for p in ("val", "test") if split and os.path.isdir(os.path.join(name, p))]
     if name.endswith(".npz"):
-        images = load_npz(name)
+        train, held, notes, images = "", "", [], load_npz(name)
     else:
-        images = in_memory(scan(os.path.join(name, "train") if split else name))
-    if images.labels is None or len(images) < 10 and not held:
-        return images, None, None
-    if not held:
+        train, held, notes = splits(name)
+        images = in_memory(scan(os.path.join(name, train)))
+    told = [f"{len(images)} images from {show([train or os.path.basename(os.path.abspath(name))])}"]
+    sets = images, None, None
+    if images.classes:
+        told[0] += f" in {len(images.classes)} classes ({show(images.classes)})"
+    if images.classes and held:
+        val = in_memory(scan(os.path.join(name, held)))
+        if odd := sorted(set(images.classes) ^ set(val.classes)):
+            raise DataError(f"--data {name}: the class folders in {train}/ ({len(images.classes)}) "
+                            f"and {held}/ ({len(val.classes)}) differ, as in {show(odd[:1])}; make "
+                            "them equal")
+        sets = images, images, val
+        told.append(f"in kNN the {len(val)} of {held} ask")
+        notes += val.notes
+    elif images.classes and len(images) >= 10:
         asks = torch.arange(len(images)) % 10 == 9
-        return images, images[~asks], images[asks]
-    val = in_memory(scan(os.path.join(name, held[0])))
-    if odd := sorted(set(images.classes) ^ set(val.classes)):
-        raise DataError(f"--data {name}: the class folders in train/ ({len(images.classes)}) and "
-                        f"{held[0]}/ ({len(val.classes)}) differ, as in {odd[0]}; make them equal")
-    return images, images, val
+        sets = images, images[~asks], images[asks]
+        told.append("in kNN every tenth asks")
+    else:
+        told.append(f"no kNN, {held} not used" if held else "no kNN")
+
+    if not download and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(AttributeError):  # a notebook's
+            sys.stdout.reconfigure(errors="backslashreplace")  # names no terminal can show
+        print("data:", "; ".join([*told, *images.notes, *notes]), flush=True)
+    return sets
+
+
+def show(names, most=3):
+    """The first of some names, in one line."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name)[1:-1] for name in names[:most]) + more
+
+
+def splits(folder):
+    """The names of the split to train on and of the one that asks, "" for none, and notes. train/
+    is a split if all folders with images beside it are splits too. DataError if that is unclear."""
+    folders, files = listing(folder)
+    stem = {f: f.lower().rstrip("0123456789-_") for f in folders}
+    if len(folders) > 1 and not {*stem.values()} & {*TRAIN, *HELD}:
+        return "", "", []
+
+    filled = [f for f in folders if any(walk(os.path.join(folder, f)))]
+    train = [f for f in filled if stem[f] in TRAIN]
+    held = sorted([f for f in filled if stem[f] in HELD], key=lambda f: HELD.index(stem[f]))
+    other = [f for f in filled if f not in train + held]
+    if len(train) == 1 and not other:
+        taken = train + held[:1]
+        rest = [f for f in folders + files if f not in taken]
+        notes = [f"left out beside {train[0]}: {show(rest)}"] if rest else []
+        return train[0], "".join(held[:1]), notes
+
+    plain = any(f.lower().endswith(SUFFIXES) for f in files)
+    if train and (held or not other) or held and not other and not plain:
+        raise DataError(f"--data {folder}: of {show(filled)}, what is to be trained on? Name one "
+                        "folder, or leave one train/, and beside it only val/ or test/")
+    if len(filled) == 1 and splits(inner := os.path.join(folder, filled[0]))[0]:
+        raise DataError(f"--data {folder}: {filled[0]}/ in it holds the splits; use {inner}")
+    beside = f"{show(train + held)}: classes, as {show(other or files)} lies beside"
+    return "", "", [beside] if train + held else []
 
 
 def image_size(name):
@@ -134,27 +209,28 @@ def image_size(name):
     if name.endswith(".npz"):
         return max(load_npz(name).pixels.shape[2:])
 
-    sides = []
-    for path in itertools.islice(walk(name), 20):
-        with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-            sides.append(max(image.size))
+    sides, why = [], f"none ends in {' '.join(SUFFIXES)}"
+    for path in itertools.islice(walk(os.path.join(name, splits(name)[0])), 20):
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                sides.append(max(image.size))
+        except Exception as e:
+            why = reason(e)
     if not sides:
-        raise DataError(f"--data {name}: no image among the first twenty {' '.join(SUFFIXES)}")
+        raise DataError(f"--data {name}: no image among the first twenty ({why})")
     return max(sides)
 
 
 def load_torchvision(name, root, download):
-    sets = torchvision.datasets
-    kind, stats, splits = {
-        "cifar10": (sets.CIFAR10, CIFAR, ({"train": True}, {"train": False})),
-        "cifar100": (sets.CIFAR100, CIFAR, ({"train": True}, {"train": False})),
-        "stl10": (sets.STL10, IMAGENET, ({"split": "train+unlabeled"}, {"split": "test"})),
-        "fashion-mnist": (sets.FashionMNIST, HALF, ({"train": True}, {"train": False})),
-    }[name]
+    kind, stats = {"cifar10": ("CIFAR10", CIFAR), "cifar100": ("CIFAR100", CIFAR),
+                   "stl10": ("STL10", IMAGENET), "fashion-mnist": ("FashionMNIST", HALF)}[name]
     parts = []
-    for split in splits:
+    for train in (True, False):
+        split = {"train": train}
+        if name == "stl10":
+            split = {"split": "train+unlabeled" if train else "test"}
         try:
-            found = kind(root, download=download, **split)
+            found = getattr(torchvision.datasets, kind)(root, download=download, **split)
         except (RuntimeError, OSError) as e:
             raise DataError(f"--data {name}: not in {root}/; add --download, or say where with "
                             f"--data-root ({str(e).splitlines()[0]})") from e
@@ -196,41 +272,87 @@ def load_npz(name):
         digest.update(np.ravel(y))
         classes, labels = np.unique(y, return_inverse=True)
         images.labels, images.classes = torch.from_numpy(labels), tuple(map(str, classes))
-    return replace(images, names=digest.hexdigest()[:16])
+    rest = [k for k in arrays if k not in ("images", "labels")]
+    notes = [f"left out: {show(rest)}"] if rest else []
+    return replace(images, names=digest.hexdigest()[:16], notes=notes)
 
 
 def scan(folder):
     """The images below a folder, in sorted order. The folders directly in it are the classes, if
     two or more have images in them and no image lies beside them. DataError if there is none."""
-    paths = list(walk(folder))
+    left = Counter()
+    paths = list(walk(folder, left))
+    left = [f"{n} {kind}" for kind, n in left.most_common()]
     if not paths:
-        raise DataError(f"--data {folder}: no file there or below ends in {' '.join(SUFFIXES)}")
+        raise DataError(f"--data {folder}: no file there or below ends in {' '.join(SUFFIXES)}; "
+                        f"found {show(left) or 'nothing'}")
     below = [path[len(str(folder)) :].lstrip("/") for path in paths]
-    names = hashlib.sha256(os.fsencode("\n".join(below))).hexdigest()[:16]
-    images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names)
-
     tops = [os.path.dirname(path).split("/")[0] for path in below]
+    left += [f"{f} without images" for f in listing(folder)[0] if f not in {*tops}]
+    notes = [f"left out: {show(left, 6)}"] if left else []
+    images = Images(
+        paths=np.array([os.fsencode(path) for path in paths]), notes=[*notes, *losses(paths)],
+        names=hashlib.sha256(os.fsencode("\n".join(below))).hexdigest()[:16])
+
     classes, labels = np.unique(tops, return_inverse=True)
-    if "" in classes or len(classes) < 2:
-        return images
-    return replace(images, labels=torch.from_numpy(labels), classes=tuple(map(str, classes)))
+    if len(classes) == 1:
+        why = f"all are in {show(classes)}" if classes[0] else "there are no class folders"
+    elif "" in classes:
+        why = f"{show([below[tops.index('')]])} lies beside {show(classes[1:])}"
+    else:
+        return replace(images, labels=torch.from_numpy(labels), classes=tuple(map(str, classes)))
+    images.notes.insert(0, f"no labels, as {why}")
+    return images
 
 
-def walk(folder):
-    """Yields the paths of image files in a folder and below, in sorted order."""
+def listing(folder):
+    """The names of the folders and of the files in a folder, sorted, without hidden ones."""
+    _, *both = next(os.walk(folder), ("", [], []))
+    return [sorted(name for name in names if not name.startswith(".")) for names in both]
+
+
+def walk(folder, left=None):
+    """Yields the paths of image files in a folder and below, in sorted order. left, a Counter,
+    counts what else there is."""
     def unlisted(e):
         raise DataError(f"--data {folder}: {e}; name a folder, a file .npz, or {' '.join(NAMES)}")
 
-    seen = set()
+    seen, left = set(), Counter() if left is None else left
     for here, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
         if (real := os.path.realpath(here)) in seen:  # links in a circle
+            left["folder(s) linked again"] += 1
             folders.clear()
             files = []
         seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))  # no .ipynb_checkpoints
-        for file in sorted(files):
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-                yield os.path.join(here, file)
+        folders.sort()
+        for name in folders[:]:
+            if name.startswith("."):  # .ipynb_checkpoints, say
+                left["hidden"] += 1
+                folders.remove(name)
+        for name in sorted(files):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield os.path.join(here, name)
+            else:
+                suffix = os.path.splitext(name)[1].lower() or "without suffix"
+                left["hidden" if name.startswith(".") else suffix] += 1
+
+
+def losses(paths):
+    """Notes on what PIL drops, by fifty images, evenly spaced. DataError where all have 16 bits a
+    channel and use less than half of the range, as 12 bits in 16 do."""
+    sample, lost, dark = paths[:: max(1, len(paths) // 50)], Counter(), []
+    for path in sample:
+        with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
+            coding = str(image.tile[:1])
+            lost["bands beyond three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
+            lost["frames but the first"] += getattr(image, "is_animated", False)
+            if image.mode[0] == "I" or re.search(";16[BLN]", coding):
+                levels = 65536 if image.mode[0] == "I" else 256  # of colours PIL has the upper bits
+                dark.append(np.max(image.getextrema()[:3]) < levels / 2)
+    if dark and all(dark):
+        raise DataError(f"{show(sample[:1])} and others have 16 bits, of which the upper ones are "
+                        "not used; their range is not known: save them with 8 bits")
+    return [f"{what} dropped, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
 
 
 def in_memory(images):
@@ -244,8 +366,7 @@ def in_memory(images):
     if len({p.shape for p in pixels}) > 1:
         return images
     bad = tuple(os.fsdecode(images.paths[i]) for i, row in enumerate(rows) if i != row)
-    labels = None if images.labels is None else images.labels[list(rows)]
-    return replace(images, pixels=torch.stack(pixels), paths=None, labels=labels, bad=bad)
+    return replace(images[rows], pixels=torch.stack(pixels), bad=bad)
 
 
 def draw_demo(n, seed, size=32):
@@ -399,7 +520,14 @@ def loader(dataset, workers, device, **batches):
     batches |= {"generator": torch.Generator()}  # else it would draw from the global one
     if workers and sys.platform == "linux":
         batches["multiprocessing_context"] = "fork"  # 3.14's default would import torch in each
-    return torch.utils.data.DataLoader(dataset, **batches)
+    try:
+        yield from torch.utils.data.DataLoader(dataset, **batches)
+        return
+    except RuntimeError as e:
+        if "shared memory" not in str(e):
+            raise
+    raise DataError("/dev/shm is too small for the loader's workers: add --workers 0, or make it "
+                    "larger, in Docker by --shm-size 16g")  # e is gone, and its loader with it
 
 
 def begin_worker(worker):
