@@ -52,7 +52,7 @@ class Images:
     labels: torch.Tensor = None  # int64 (n,), -1 for none
     classes: tuple = ()
     stats: tuple = IMAGENET  # mean and standard deviation per channel
-    notes: tuple = ()  # how a folder was understood, and what is left out
+    left: tuple = ()  # what is left out of files and folders, in words
     bad: tuple = ()  # paths found unreadable in loading
     names: str = ""  # of the set, or a digest: by it a run that continues knows its data again
 
@@ -73,27 +73,26 @@ class Images:
         for i in range(100):
             there = (row + i) % len(self)
             path = os.fsdecode(self.paths[there])
-            try:
+            with contextlib.suppress(Exception):  # PIL raises nearly anything; report() says what
                 return read_image(path, shrink), there
-            except Exception as e:  # PIL raises nearly anything; report() says what
-                why = reason(e)
-        raise DataError(f"no readable image among 100, the last {path!r} ({why})")
+        raise DataError(f"no readable image among 100, the last {path!r} ({reason(path)})")
 
     @classmethod
     def report(cls, paths):
         """Names, with the reason, and counts unreadable images."""
         cls.unreadable += len(paths)
         for path in paths:
-            why = "now it can be read"
-            try:
-                read_image(path)
-            except Exception as e:
-                why = reason(e)
-            print(f"unreadable image, replaced by the next: {path!r} ({why})", file=sys.stderr)
+            said = f"unreadable image, replaced by the next: {path!r} ({reason(path)})"
+            print(said, file=sys.stderr)
 
 
-def reason(e):
-    return " ".join(f"{type(e).__name__}: {e}".split())  # in one line
+def reason(path):
+    """Why an image cannot be read, in one line."""
+    try:
+        read_image(path)
+    except Exception as e:
+        return " ".join(f"{type(e).__name__}: {e}".split())
+    return "now it can be"
 
 
 def read_image(path, shrink=None):
@@ -137,34 +136,32 @@ def load(name, root="data", download=False):
         return load_torchvision(name, root, download)
 
     if name.endswith(".npz"):
-        train, held, notes, images = "", "", [], load_npz(name)
+        train, held, images = "", "", load_npz(name)
     else:
-        train, held, notes = splits(name)
+        train, held = splits(name)
         images = in_memory(scan(os.path.join(name, train)))
-    told = [f"{len(images)} images from {show([train or os.path.basename(os.path.abspath(name))])}"]
-    sets = images, None, None
-    if images.classes:
-        told[0] += f" in {len(images.classes)} classes ({show(images.classes)})"
+    sets, knn, left = (images, None, None), "no kNN", list(images.left)
+    if train:
+        left += [f"{x} beside {train}" for x in sum(listing(name), []) if x not in (train, held)]
     if images.classes and held:
         val = in_memory(scan(os.path.join(name, held)))
         if odd := sorted(set(images.classes) ^ set(val.classes)):
             raise DataError(f"--data {name}: the class folders in {train}/ ({len(images.classes)}) "
-                            f"and {held}/ ({len(val.classes)}) differ, as in {show(odd[:1])}; make "
+                            f"and {held}/ ({len(val.classes)}) differ, as in {show(odd, 1)}; make "
                             "them equal")
-        sets = images, images, val
-        told.append(f"in kNN the {len(val)} of {held} ask")
-        notes += val.notes
+        sets, knn = (images, images, val), f"in kNN the {len(val)} of {held} ask"
+        left += val.left
     elif images.classes and len(images) >= 10:
         asks = torch.arange(len(images)) % 10 == 9
-        sets = images, images[~asks], images[asks]
-        told.append("in kNN every tenth asks")
-    else:
-        told.append(f"no kNN, {held} not used" if held else "no kNN")
+        sets, knn = (images, images[~asks], images[asks]), "in kNN every tenth asks"
 
     if not download and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(AttributeError):  # a notebook's
-            sys.stdout.reconfigure(errors="backslashreplace")  # names no terminal can show
-        print("data:", "; ".join([*told, *images.notes, *notes]), flush=True)
+            sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
+        source = show([train or os.path.basename(os.path.abspath(name))])
+        classes = f"{len(images.classes)} classes ({show(images.classes)})"
+        print(f"data: {len(images)} images from {source}, {classes if images.classes else 'no labels'}; {knn}; "
+              f"left out: {show(left, 9) or 'nothing'}", flush=True)
     return sets
 
 
@@ -174,51 +171,45 @@ def show(names, most=3):
     return ", ".join(repr(name)[1:-1] for name in names[:most]) + more
 
 
+def listing(folder):
+    """The names of the folders and of the files in a folder, sorted, without hidden ones."""
+    _, *both = next(os.walk(folder), ("", [], []))
+    return [sorted(name for name in names if not name.startswith(".")) for names in both]
+
+
 def splits(folder):
-    """The names of the split to train on and of the one that asks, "" for none, and notes. train/
-    is a split if all folders with images beside it are splits too. DataError if that is unclear."""
+    """The names of the split to train on and of the one whose images ask, "" for none. train/ is a
+    split if all folders with images beside it are splits too. DataError if that is unclear."""
     folders, files = listing(folder)
     stem = {f: f.lower().rstrip("0123456789-_") for f in folders}
     if len(folders) > 1 and not {*stem.values()} & {*TRAIN, *HELD}:
-        return "", "", []
+        return "", ""
 
     filled = [f for f in folders if any(walk(os.path.join(folder, f)))]
     train = [f for f in filled if stem[f] in TRAIN]
     held = sorted([f for f in filled if stem[f] in HELD], key=lambda f: HELD.index(stem[f]))
     other = [f for f in filled if f not in train + held]
     if len(train) == 1 and not other:
-        taken = train + held[:1]
-        rest = [f for f in folders + files if f not in taken]
-        notes = [f"left out beside {train[0]}: {show(rest)}"] if rest else []
-        return train[0], "".join(held[:1]), notes
-
-    plain = any(f.lower().endswith(SUFFIXES) for f in files)
-    if train and (held or not other) or held and not other and not plain:
+        return train[0], held[0] if held else ""
+    beside = other or [f for f in files if f.lower().endswith(SUFFIXES)]
+    if train and held or len(train) > 1 or held and not beside:
         raise DataError(f"--data {folder}: of {show(filled)}, what is to be trained on? Name one "
                         "folder, or leave one train/, and beside it only val/ or test/")
     if len(filled) == 1 and splits(inner := os.path.join(folder, filled[0]))[0]:
         raise DataError(f"--data {folder}: {filled[0]}/ in it holds the splits; use {inner}")
-    beside = f"{show(train + held)}: classes, as {show(other or files)} lies beside"
-    return "", "", [beside] if train + held else []
+    return "", ""
 
 
 def image_size(name):
-    """The longer side in pixels of load()'s images; of a folder's first twenty, by the headers."""
+    """The longer side in pixels of load()'s images; of a folder's first twenty."""
     if name in NAMES:
         return NAMES[name]
     if name.endswith(".npz"):
         return max(load_npz(name).pixels.shape[2:])
-
-    sides, why = [], f"none ends in {' '.join(SUFFIXES)}"
-    for path in itertools.islice(walk(os.path.join(name, splits(name)[0])), 20):
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                sides.append(max(image.size))
-        except Exception as e:
-            why = reason(e)
-    if not sides:
-        raise DataError(f"--data {name}: no image among the first twenty ({why})")
-    return max(sides)
+    folder = os.path.join(name, splits(name)[0])
+    paths = list(map(os.fsencode, itertools.islice(walk(folder), 20)))
+    images = Images(paths=np.array(paths)) if paths else scan(folder)  # says what it finds
+    return max(max(images.decode(row)[0].shape) for row in range(len(paths)))
 
 
 def load_torchvision(name, root, download):
@@ -272,43 +263,33 @@ def load_npz(name):
         digest.update(np.ravel(y))
         classes, labels = np.unique(y, return_inverse=True)
         images.labels, images.classes = torch.from_numpy(labels), tuple(map(str, classes))
-    rest = [k for k in arrays if k not in ("images", "labels")]
-    notes = [f"left out: {show(rest)}"] if rest else []
-    return replace(images, names=digest.hexdigest()[:16], notes=notes)
+    left = [f"array {name}" for name in arrays if name not in ("images", "labels")]
+    return replace(images, names=digest.hexdigest()[:16], left=left)
 
 
 def scan(folder):
     """The images below a folder, in sorted order. The folders directly in it are the classes, if
     two or more have images in them and no image lies beside them. DataError if there is none."""
-    left = Counter()
-    paths = list(walk(folder, left))
-    left = [f"{n} {kind}" for kind, n in left.most_common()]
+    counts = Counter()
+    paths = list(walk(folder, counts))
+    left = [f"{n} {kind}" for kind, n in counts.most_common()]
     if not paths:
         raise DataError(f"--data {folder}: no file there or below ends in {' '.join(SUFFIXES)}; "
                         f"found {show(left) or 'nothing'}")
     below = [path[len(str(folder)) :].lstrip("/") for path in paths]
+    names = hashlib.sha256(os.fsencode("\n".join(below))).hexdigest()[:16]
     tops = [os.path.dirname(path).split("/")[0] for path in below]
-    left += [f"{f} without images" for f in listing(folder)[0] if f not in {*tops}]
-    notes = [f"left out: {show(left, 6)}"] if left else []
-    images = Images(
-        paths=np.array([os.fsencode(path) for path in paths]), notes=[*notes, *losses(paths)],
-        names=hashlib.sha256(os.fsencode("\n".join(below))).hexdigest()[:16])
+    left += [f"{f}, a folder without images" for f in listing(folder)[0] if f not in {*tops}]
+    images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
 
     classes, labels = np.unique(tops, return_inverse=True)
-    if len(classes) == 1:
-        why = f"all are in {show(classes)}" if classes[0] else "there are no class folders"
-    elif "" in classes:
-        why = f"{show([below[tops.index('')]])} lies beside {show(classes[1:])}"
-    else:
-        return replace(images, labels=torch.from_numpy(labels), classes=tuple(map(str, classes)))
-    images.notes.insert(0, f"no labels, as {why}")
-    return images
-
-
-def listing(folder):
-    """The names of the folders and of the files in a folder, sorted, without hidden ones."""
-    _, *both = next(os.walk(folder), ("", [], []))
-    return [sorted(name for name in names if not name.startswith(".")) for names in both]
+    classes = tuple(map(str, classes))
+    if "" not in classes and len(classes) > 1:
+        return replace(images, labels=torch.from_numpy(labels), classes=classes)
+    why = f"all images are in {classes[0]}" if classes[0] else "there are no folders"
+    if len(classes) > 1:
+        why = f"{below[tops.index('')]} lies beside {show(classes[1:])}"
+    return replace(images, left=[f"labels, as {why}", *left])
 
 
 def walk(folder, left=None):
@@ -320,45 +301,40 @@ def walk(folder, left=None):
     seen, left = set(), Counter() if left is None else left
     for here, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
         if (real := os.path.realpath(here)) in seen:  # links in a circle
-            left["folder(s) linked again"] += 1
+            left["linked again"] += 1
             folders.clear()
-            files = []
+            continue
         seen.add(real)
-        folders.sort()
-        for name in folders[:]:
-            if name.startswith("."):  # .ipynb_checkpoints, say
-                left["hidden"] += 1
-                folders.remove(name)
-        for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.join(here, name)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))  # no .ipynb_checkpoints
+        for file in sorted(files):
+            kind = "hidden" if file.startswith(".") else os.path.splitext(file)[1].lower()
+            if kind in SUFFIXES:
+                yield os.path.join(here, file)
             else:
-                suffix = os.path.splitext(name)[1].lower() or "without suffix"
-                left["hidden" if name.startswith(".") else suffix] += 1
-
-
-def losses(paths):
-    """Notes on what PIL drops, by fifty images, evenly spaced. DataError where all have 16 bits a
-    channel and use less than half of the range, as 12 bits in 16 do."""
-    sample, lost, dark = paths[:: max(1, len(paths) // 50)], Counter(), []
-    for path in sample:
-        with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-            coding = str(image.tile[:1])
-            lost["bands beyond three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
-            lost["frames but the first"] += getattr(image, "is_animated", False)
-            if image.mode[0] == "I" or re.search(";16[BLN]", coding):
-                levels = 65536 if image.mode[0] == "I" else 256  # of colours PIL has the upper bits
-                dark.append(np.max(image.getextrema()[:3]) < levels / 2)
-    if dark and all(dark):
-        raise DataError(f"{show(sample[:1])} and others have 16 bits, of which the upper ones are "
-                        "not used; their range is not known: save them with 8 bits")
-    return [f"{what} dropped, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
+                left[kind or "without suffix"] += 1
 
 
 def in_memory(images):
-    """Decodes a small folder of equally sized images once; returns any other as it is."""
+    """Decodes a small folder of equally sized images once; returns any other as it is. In fifty
+    images, evenly spaced, it looks for what PIL drops; DataError where none of those of 16 bits
+    uses the upper half of the range, as with 12 bits in 16."""
     sample = range(0, len(images), max(1, len(images) // 50))
-    shapes = {images.decode(row)[0].shape for row in sample}
+    shapes, dark, lost = set(), [], Counter()
+    for row in sample:
+        pixels, row = images.decode(row)
+        shapes.add(pixels.shape)
+        with Image.open(os.fsdecode(images.paths[row]), formats=FORMATS) as image:
+            coding = f"{image.mode} {image.tile[:1]}"
+            lost["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
+            lost["all frames but the first"] += getattr(image, "is_animated", False)
+            if re.search("^I|;16[BLN]", coding):  # grey; colours, of which PIL has the upper 8 bits
+                dark.append(pixels.max() < 128)
+    if dark and all(dark):
+        raise DataError(f"{os.fsdecode(images.paths[0])!r} and others have 16 bits, of which the "
+                        "upper ones are not used, so white is not known; save them with 8 bits")
+    lost = [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
+    images = replace(images, left=[*images.left, *lost])
+
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
