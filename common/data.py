@@ -136,20 +136,22 @@ def load(name, root="data", download=False):
         return load_torchvision(name, root, download)
 
     if name.endswith(".npz"):
-        train, held, images = "", "", load_npz(name)
+        train, held, images = name, "", load_npz(name)
     else:
         train, held = splits(name)
-        images = in_memory(scan(os.path.join(name, train)))
+        images = in_memory(scan(train))
+    source, asking = (show([os.path.basename(os.path.abspath(path))]) for path in (train, held))
     sets, knn, left = (images, None, None), "no kNN", list(images.left)
-    if train:
-        left += [f"{x} beside {train}" for x in sum(listing(name), []) if x not in (train, held)]
+    if train != name:
+        beside = [x for x in sum(listing(name), []) if os.path.join(name, x) not in (train, held)]
+        left += [f"{x} beside {source}" for x in beside]
     if images.classes and held:
-        val = in_memory(scan(os.path.join(name, held)))
+        val = in_memory(scan(held))
         if odd := sorted(set(images.classes) ^ set(val.classes)):
-            raise DataError(f"--data {name}: the class folders in {train}/ ({len(images.classes)}) "
-                            f"and {held}/ ({len(val.classes)}) differ, as in {show(odd, 1)}; make "
-                            "them equal")
-        sets, knn = (images, images, val), f"in kNN the {len(val)} of {held} ask"
+            raise DataError(f"--data {name}: the class folders in {source}/ ({len(images.classes)})"
+                            f" and {asking}/ ({len(val.classes)}) differ, as in {show(odd, 1)}; "
+                            f"make them equal, or move {asking}/ away")
+        sets, knn = (images, images, val), f"in kNN the {len(val)} of {asking} ask"
         left += val.left
     elif images.classes and len(images) >= 10:
         asks = torch.arange(len(images)) % 10 == 9
@@ -158,10 +160,9 @@ def load(name, root="data", download=False):
     if not download and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(AttributeError):  # a notebook's
             sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
-        source = show([train or os.path.basename(os.path.abspath(name))])
-        classes = f"{len(images.classes)} classes ({show(images.classes)})"
-        print(f"data: {len(images)} images from {source}, {classes if images.classes else 'no labels'}; {knn}; "
-              f"left out: {show(left, 9) or 'nothing'}", flush=True)
+        what = f"{len(images.classes)} classes ({show(images.classes)})" if images.classes else ""
+        print(f"data: {len(images)} images from {source}, {what or 'no labels'}; {knn}; left out: "
+              f"{show(left, 9) or 'nothing'}", flush=True)
     return sets
 
 
@@ -178,26 +179,27 @@ def listing(folder):
 
 
 def splits(folder):
-    """The names of the split to train on and of the one whose images ask, "" for none. train/ is a
-    split if all folders with images beside it are splits too. DataError if that is unclear."""
+    """The folder to train on, and the one whose images ask, or "". train/ is a split if all folders
+    with images beside it are splits too. DataError if that leaves it open."""
     folders, files = listing(folder)
     stem = {f: f.lower().rstrip("0123456789-_") for f in folders}
     if len(folders) > 1 and not {*stem.values()} & {*TRAIN, *HELD}:
-        return "", ""
+        return folder, ""
 
     filled = [f for f in folders if any(walk(os.path.join(folder, f)))]
     train = [f for f in filled if stem[f] in TRAIN]
     held = sorted([f for f in filled if stem[f] in HELD], key=lambda f: HELD.index(stem[f]))
     other = [f for f in filled if f not in train + held]
     if len(train) == 1 and not other:
-        return train[0], held[0] if held else ""
+        return os.path.join(folder, train[0]), os.path.join(folder, held[0]) if held else ""
     beside = other or [f for f in files if f.lower().endswith(SUFFIXES)]
     if train and held or len(train) > 1 or held and not beside:
         raise DataError(f"--data {folder}: of {show(filled)}, what is to be trained on? Name one "
                         "folder, or leave one train/, and beside it only val/ or test/")
-    if len(filled) == 1 and splits(inner := os.path.join(folder, filled[0]))[0]:
+    inner = os.path.join(folder, *filled[:1])
+    if len(filled) == 1 and splits(inner)[0] != inner:
         raise DataError(f"--data {folder}: {filled[0]}/ in it holds the splits; use {inner}")
-    return "", ""
+    return folder, ""
 
 
 def image_size(name):
@@ -206,7 +208,7 @@ def image_size(name):
         return NAMES[name]
     if name.endswith(".npz"):
         return max(load_npz(name).pixels.shape[2:])
-    folder = os.path.join(name, splits(name)[0])
+    folder, _ = splits(name)
     paths = list(map(os.fsencode, itertools.islice(walk(folder), 20)))
     images = Images(paths=np.array(paths)) if paths else scan(folder)  # says what it finds
     return max(max(images.decode(row)[0].shape) for row in range(len(paths)))
@@ -301,7 +303,7 @@ def walk(folder, left=None):
     seen, left = set(), Counter() if left is None else left
     for here, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
         if (real := os.path.realpath(here)) in seen:  # links in a circle
-            left["linked again"] += 1
+            left["folder linked again"] += 1
             folders.clear()
             continue
         seen.add(real)
@@ -413,7 +415,7 @@ class Crops(torch.utils.data.Dataset):
             top, bottom, left, right = (round(x / times) for x in (top, top + h, left, left + w))
             box = image[:, top:bottom, left:right]
             crops.append(resize(box, view.size, view.recipe.bicubic))
-        return crops, row if really != row else -1
+        return crops, torch.tensor(row if really != row else -1)  # a number would be shared later,
 
 
 class Centres(torch.utils.data.Dataset):
@@ -433,7 +435,7 @@ class Centres(torch.utils.data.Dataset):
         side = round(min(h, w) * self.share)
         top, left = (h - side) // 2, (w - side) // 2
         square = image[:, top : top + side, left : left + side]
-        return resize(square, self.size, self.bicubic), really
+        return resize(square, self.size, self.bicubic), torch.tensor(really)
 
 
 def resize(image, size, bicubic=False):
@@ -497,13 +499,16 @@ def loader(dataset, workers, device, **batches):
     if workers and sys.platform == "linux":
         batches["multiprocessing_context"] = "fork"  # 3.14's default would import torch in each
     try:
-        yield from torch.utils.data.DataLoader(dataset, **batches)
-        return
-    except RuntimeError as e:
-        if "shared memory" not in str(e):
+        return (yield from torch.utils.data.DataLoader(dataset, **batches))
+    except (DataError, RuntimeError) as e:  # a worker's
+        why = str(e)
+        if "shared memory" in why:
+            why = ("/dev/shm is too small for the batches of the loader's workers; add --workers 0, "
+                   "or make it larger (docker run --shm-size 16g)")
+        elif not isinstance(e, DataError):
             raise
-    raise DataError("/dev/shm is too small for the loader's workers: add --workers 0, or make it "
-                    "larger, in Docker by --shm-size 16g")  # e is gone, and its loader with it
+        e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
+    raise DataError(why)
 
 
 def begin_worker(worker):
