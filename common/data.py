@@ -116,7 +116,7 @@ def read_image(path, shrink=None):
             ImageOps.exif_transpose(image, in_place=True)
 
         if image.mode[0] == "I":  # PIL would clip 16 bits at 255
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             paper = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(paper, image.convert("RGBA"))
@@ -502,11 +502,11 @@ def loader(dataset, workers, device, **batches):
         return (yield from torch.utils.data.DataLoader(dataset, **batches))
     except (DataError, RuntimeError) as e:  # a worker's
         why = str(e)
-        if "shared memory" in why:
-            why = ("/dev/shm is too small for the batches of the loader's workers; add --workers 0, "
+        if isinstance(e, RuntimeError):
+            if "shared memory" not in why:
+                raise
+            why = ("/dev/shm is too small for the batches of loader workers; add --workers 0, "
                    "or make it larger (docker run --shm-size 16g)")
-        elif not isinstance(e, DataError):
-            raise
         e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
     raise DataError(why)
 
