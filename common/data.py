@@ -142,10 +142,11 @@ def load(name, root="data", download=False):
         images = in_memory(scan(train))
     source, asking = (show([os.path.basename(os.path.abspath(path))]) for path in (train, held))
     sets, knn, left = (images, None, None), "no kNN", list(images.left)
-    if train != name:
-        beside = [x for x in sum(listing(name), []) if os.path.join(name, x) not in (train, held)]
-        left += [f"{x} beside {source}" for x in beside]
-    if images.classes and held:
+    held = held if images.classes else ""
+    for other in sum(listing(name), []) if train != name else ():
+        if os.path.join(name, other) not in (train, held):
+            left.append(f"{other} beside {source}")
+    if held:
         val = in_memory(scan(held))
         if odd := sorted(set(images.classes) ^ set(val.classes)):
             raise DataError(f"--data {name}: the class folders in {source}/ ({len(images.classes)})"
