@@ -75,14 +75,14 @@ class Images:
             path = os.fsdecode(self.paths[there])
             with contextlib.suppress(Exception):  # PIL raises nearly anything; report() says what
                 return read_image(path, shrink), there
-        raise DataError(f"no readable image among 100, the last {path!r} ({reason(path)})")
+        raise DataError(f"no readable image among 100, the last {show([path])} ({reason(path)})")
 
     @classmethod
     def report(cls, paths):
         """Names, with the reason, and counts unreadable images."""
         cls.unreadable += len(paths)
         for path in paths:
-            said = f"unreadable image, replaced by the next: {path!r} ({reason(path)})"
+            said = f"unreadable image, replaced by the next: {show([path])} ({reason(path)})"
             print(said, file=sys.stderr)
 
 
