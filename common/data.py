@@ -1,8 +1,8 @@
 """Data sets in, views out.
 
-load() gives an Images object: either all pixels in memory as one uint8 tensor (demo data, CIFAR,
-folders of equally sized images), or a table of paths that workers decode. Either way stream()
-yields, step by step, the views of this process's share of the global batch.
+load() gives an Images object: all pixels in memory as one uint8 tensor (demo data, CIFAR, folders
+of equally sized images), or a table of paths that workers decode. From either, stream() yields,
+step by step, the views of this process's share of the global batch.
 """
 
 import contextlib
@@ -10,8 +10,10 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import signal
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.augment import crop_batch, crop_boxes, crops_of, make_views, rng
 
@@ -28,7 +30,9 @@ CIFAR = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 HALF = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for methods that do not normalise
 NAMES = {"demo": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "fashion-mnist": 28}  # pixels
-SUFFIXES = ".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"
+TRAIN = "train", "training"  # names of splits, in any case, with or without a number
+HELD = "val", "valid", "validation", "dev", "test", "testing"  # the first is preferred
+SUFFIXES = tuple(".jpg .jpeg .jfif .png .bmp .ppm .pgm .tif .tiff .webp .gif".split())
 FORMATS = "JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"  # PIL's EPS, say, starts programs
 IN_MEMORY = 2**30  # bytes: a folder of equally sized images up to this size is decoded at the start
 
@@ -48,6 +52,7 @@ class Images:
     labels: torch.Tensor = None  # int64 (n,), -1 for none
     classes: tuple = ()
     stats: tuple = IMAGENET  # mean and standard deviation per channel
+    left: tuple = ()  # what is left out of files and folders, in words
     bad: tuple = ()  # paths found unreadable in loading
     names: str = ""  # of the set, or a digest: by it a run that continues knows its data again
 
@@ -67,94 +72,159 @@ class Images:
             return self.pixels[row], row
         for i in range(100):
             there = (row + i) % len(self)
+            path = os.fsdecode(self.paths[there])
             with contextlib.suppress(Exception):  # PIL raises nearly anything; report() says what
-                return read_image(os.fsdecode(self.paths[there]), shrink), there
-        raise DataError(f"no readable image among 100 from {os.fsdecode(self.paths[row])} on")
+                return read_image(path, shrink), there
+        raise DataError(f"no readable image among 100, the last {show([path])} ({reason(path)})")
 
     @classmethod
     def report(cls, paths):
         """Names, with the reason, and counts unreadable images."""
         cls.unreadable += len(paths)
         for path in paths:
-            why = "now it can be read"
-            try:
-                read_image(path)
-            except Exception as e:
-                why = " ".join(f"{type(e).__name__}: {e}".split())  # in one line
-            print(f"unreadable image, replaced by the next: {path} ({why})", file=sys.stderr)
+            said = f"unreadable image, replaced by the next: {show([path])} ({reason(path)})"
+            print(said, file=sys.stderr)
+
+
+def reason(path):
+    """Why an image cannot be read, in one line."""
+    try:
+        read_image(path)
+    except Exception as e:
+        return " ".join(f"{type(e).__name__}: {e}".split())
+    return "now it can be"
 
 
 def read_image(path, shrink=None):
-    """An image file as uint8 (3, h, w): grey repeated, alpha dropped, CMYK converted, 16 bits
-    scaled to 8. shrink(height, width), if given, says how many times smaller the image may come: by
-    2, 4 or 8 a JPEG file is decoded in a fraction of the time."""
+    """An image file as uint8 (3, h, w): turned as its EXIF says, grey repeated, CMYK converted, put
+    on white where it is transparent, 16 bits scaled to 8. ValueError for floats and 32 bits, whose
+    range a file does not state. shrink(height, width), if given, says how many times smaller it may
+    come: by 2, 4 or 8 a JPEG file is decoded in a fraction of the time."""
     with Image.open(path, formats=FORMATS) as image:
-        if shrink and (times := int(shrink(image.height, image.width))) > 1:
+        if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+            raise ValueError(f"{image.mode} pixels have no known range; save them with 8 bits")
+        if image.format not in ("JPEG", "MPO"):
+            image.load()  # before EXIF is read: in PNG it may come last, and TIFF turns itself
+        sideways = False
+        with contextlib.suppress(Exception):  # broken EXIF is no broken image
+            sideways = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        width, height = image.size[::-1] if sideways else image.size
+        if shrink and (times := int(shrink(height, width))) > 1:
             image.draft(None, (image.width // times, image.height // times))
-        if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
-            deep = np.asarray(image, dtype=np.float32) / 257
-            image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
+        image.load()
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+
+        if image.mode[0] == "I":  # PIL would clip 16 bits at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            paper = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(paper, image.convert("RGBA"))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 # ---- loading ----
 
 def load(name, root="data", download=False):
     """The images to train on, and the bank and the queries of kNN, which are None without labels.
-    name: one of NAMES, a file for load_npz(), or a folder: an ImageNet-style tree with train/ and
-    val/ (or test/), a class tree, or plain images. Without val every tenth image asks, the others
-    answer, and all train. root: where torchvision's sets are, or go. Raises DataError."""
+    name: one of NAMES, a file for load_npz(), or a folder: with splits, see splits(), a class tree,
+    or plain images. Without val every tenth image asks, the others answer, and all train. root:
+    where torchvision's sets are, or go. Says in one line what was found. Raises DataError."""
     if name == "demo":
         train = draw_demo(4096, 0)
         return train, train, draw_demo(1024, 1)
     if name in NAMES:
         return load_torchvision(name, root, download)
 
-    split = os.path.isdir(os.path.join(name, "train"))
-    held = [p for p in ("val", "test") if split and os.path.isdir(os.path.join(name, p))]
     if name.endswith(".npz"):
-        images = load_npz(name)
+        train, held, images = name, "", load_npz(name)
     else:
-        images = in_memory(scan(os.path.join(name, "train") if split else name))
-    if images.labels is None or len(images) < 10 and not held:
-        return images, None, None
-    if not held:
+        train, held = splits(name)
+        images = in_memory(scan(train))
+    source, asking = (show([os.path.basename(os.path.abspath(path))]) for path in (train, held))
+    sets, knn, left = (images, None, None), "no kNN", list(images.left)
+    held = held if images.classes else ""
+    for other in sum(listing(name), []) if train != name else ():
+        if os.path.join(name, other) not in (train, held):
+            left.append(f"{other} beside {source}")
+    if held:
+        val = in_memory(scan(held))
+        if odd := sorted(set(images.classes) ^ set(val.classes)):
+            raise DataError(f"--data {name}: the class folders in {source}/ ({len(images.classes)})"
+                            f" and {asking}/ ({len(val.classes)}) differ, as in {show(odd, 1)}; "
+                            f"make them equal, or move {asking}/ away")
+        sets, knn = (images, images, val), f"in kNN the {len(val)} of {asking} ask"
+        left += val.left
+    elif images.classes and len(images) >= 10:
         asks = torch.arange(len(images)) % 10 == 9
-        return images, images[~asks], images[asks]
-    val = in_memory(scan(os.path.join(name, held[0])))
-    if odd := sorted(set(images.classes) ^ set(val.classes)):
-        raise DataError(f"--data {name}: the class folders in train/ ({len(images.classes)}) and "
-                        f"{held[0]}/ ({len(val.classes)}) differ, as in {odd[0]}; make them equal")
-    return images, images, val
+        sets, knn = (images, images[~asks], images[asks]), "in kNN every tenth asks"
+
+    if not download and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(AttributeError):  # a notebook's
+            sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
+        what = f"{len(images.classes)} classes ({show(images.classes)})" if images.classes else ""
+        print(f"data: {len(images)} images from {source}, {what or 'no labels'}; {knn}; left out: "
+              f"{show(left, 9) or 'nothing'}", flush=True)
+    return sets
+
+
+def show(names, most=3):
+    """The first of some names, in one line."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name)[1:-1] for name in names[:most]) + more
+
+
+def listing(folder):
+    """The names of the folders and of the files in a folder, sorted, without hidden ones."""
+    _, *both = next(os.walk(folder), ("", [], []))
+    return [sorted(name for name in names if not name.startswith(".")) for names in both]
+
+
+def splits(folder):
+    """The folder to train on, and the one whose images ask, or "". train/ is a split if all folders
+    with images beside it are splits too. DataError if that leaves it open."""
+    folders, files = listing(folder)
+    stem = {f: f.lower().rstrip("0123456789-_") for f in folders}
+    if len(folders) > 1 and not {*stem.values()} & {*TRAIN, *HELD}:
+        return folder, ""
+
+    filled = [f for f in folders if any(walk(os.path.join(folder, f)))]
+    train = [f for f in filled if stem[f] in TRAIN]
+    held = sorted([f for f in filled if stem[f] in HELD], key=lambda f: HELD.index(stem[f]))
+    other = [f for f in filled if f not in train + held]
+    if len(train) == 1 and not other:
+        return os.path.join(folder, train[0]), os.path.join(folder, held[0]) if held else ""
+    beside = other or [f for f in files if f.lower().endswith(SUFFIXES)]
+    if train and held or len(train) > 1 or held and not beside:
+        raise DataError(f"--data {folder}: of {show(filled)}, what is to be trained on? Name one "
+                        "folder, or leave one train/, and beside it only val/ or test/")
+    inner = os.path.join(folder, *filled[:1])
+    if len(filled) == 1 and splits(inner)[0] != inner:
+        raise DataError(f"--data {folder}: {filled[0]}/ in it holds the splits; use {inner}")
+    return folder, ""
 
 
 def image_size(name):
-    """The longer side in pixels of load()'s images; of a folder's first twenty, by the headers."""
+    """The longer side in pixels of load()'s images; of a folder's first twenty."""
     if name in NAMES:
         return NAMES[name]
     if name.endswith(".npz"):
         return max(load_npz(name).pixels.shape[2:])
-
-    sides = []
-    for path in itertools.islice(walk(name), 20):
-        with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-            sides.append(max(image.size))
-    if not sides:
-        raise DataError(f"--data {name}: no image among the first twenty {' '.join(SUFFIXES)}")
-    return max(sides)
+    folder, _ = splits(name)
+    paths = list(map(os.fsencode, itertools.islice(walk(folder), 20)))
+    images = Images(paths=np.array(paths)) if paths else scan(folder)  # says what it finds
+    return max(max(images.decode(row)[0].shape) for row in range(len(paths)))
 
 
 def load_torchvision(name, root, download):
-    sets = torchvision.datasets
-    kind, stats, splits = {
-        "cifar10": (sets.CIFAR10, CIFAR, ({"train": True}, {"train": False})),
-        "cifar100": (sets.CIFAR100, CIFAR, ({"train": True}, {"train": False})),
-        "stl10": (sets.STL10, IMAGENET, ({"split": "train+unlabeled"}, {"split": "test"})),
-        "fashion-mnist": (sets.FashionMNIST, HALF, ({"train": True}, {"train": False})),
-    }[name]
+    kind, stats = {"cifar10": ("CIFAR10", CIFAR), "cifar100": ("CIFAR100", CIFAR),
+                   "stl10": ("STL10", IMAGENET), "fashion-mnist": ("FashionMNIST", HALF)}[name]
     parts = []
-    for split in splits:
+    for train in (True, False):
+        split = {"train": train}
+        if name == "stl10":
+            split = {"split": "train+unlabeled" if train else "test"}
         try:
-            found = kind(root, download=download, **split)
+            found = getattr(torchvision.datasets, kind)(root, download=download, **split)
         except (RuntimeError, OSError) as e:
             raise DataError(f"--data {name}: not in {root}/; add --download, or say where with "
                             f"--data-root ({str(e).splitlines()[0]})") from e
@@ -196,47 +266,78 @@ def load_npz(name):
         digest.update(np.ravel(y))
         classes, labels = np.unique(y, return_inverse=True)
         images.labels, images.classes = torch.from_numpy(labels), tuple(map(str, classes))
-    return replace(images, names=digest.hexdigest()[:16])
+    left = [f"array {name}" for name in arrays if name not in ("images", "labels")]
+    return replace(images, names=digest.hexdigest()[:16], left=left)
 
 
 def scan(folder):
     """The images below a folder, in sorted order. The folders directly in it are the classes, if
     two or more have images in them and no image lies beside them. DataError if there is none."""
-    paths = list(walk(folder))
+    counts = Counter()
+    paths = list(walk(folder, counts))
+    left = [f"{n} {kind}" for kind, n in counts.most_common()]
     if not paths:
-        raise DataError(f"--data {folder}: no file there or below ends in {' '.join(SUFFIXES)}")
+        raise DataError(f"--data {folder}: no file there or below ends in {' '.join(SUFFIXES)}; "
+                        f"found {show(left) or 'nothing'}")
     below = [path[len(str(folder)) :].lstrip("/") for path in paths]
     names = hashlib.sha256(os.fsencode("\n".join(below))).hexdigest()[:16]
-    images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names)
-
     tops = [os.path.dirname(path).split("/")[0] for path in below]
+    left += [f"{f}, a folder without images" for f in listing(folder)[0] if f not in {*tops}]
+    images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
+
     classes, labels = np.unique(tops, return_inverse=True)
-    if "" in classes or len(classes) < 2:
-        return images
-    return replace(images, labels=torch.from_numpy(labels), classes=tuple(map(str, classes)))
+    classes = tuple(map(str, classes))
+    if "" not in classes and len(classes) > 1:
+        return replace(images, labels=torch.from_numpy(labels), classes=classes)
+    why = f"all images are in {classes[0]}" if classes[0] else "there are no folders"
+    if len(classes) > 1:
+        why = f"{below[tops.index('')]} lies beside {show(classes[1:])}"
+    return replace(images, left=[f"labels, as {why}", *left])
 
 
-def walk(folder):
-    """Yields the paths of image files in a folder and below, in sorted order."""
+def walk(folder, left=None):
+    """Yields the paths of image files in a folder and below, in sorted order. left, a Counter,
+    counts what else there is."""
     def unlisted(e):
         raise DataError(f"--data {folder}: {e}; name a folder, a file .npz, or {' '.join(NAMES)}")
 
-    seen = set()
+    seen, left = set(), Counter() if left is None else left
     for here, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
         if (real := os.path.realpath(here)) in seen:  # links in a circle
+            left["folder linked again"] += 1
             folders.clear()
-            files = []
+            continue
         seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))  # no .ipynb_checkpoints
         for file in sorted(files):
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
+            kind = "hidden" if file.startswith(".") else os.path.splitext(file)[1].lower()
+            if kind in SUFFIXES:
                 yield os.path.join(here, file)
+            else:
+                left[kind or "without suffix"] += 1
 
 
 def in_memory(images):
-    """Decodes a small folder of equally sized images once; returns any other as it is."""
+    """Decodes a small folder of equally sized images once; returns any other as it is. In fifty
+    images, evenly spaced, it looks for what PIL drops; DataError where none of those of 16 bits
+    uses the upper half of the range, as with 12 bits in 16."""
     sample = range(0, len(images), max(1, len(images) // 50))
-    shapes = {images.decode(row)[0].shape for row in sample}
+    shapes, dark, lost = set(), [], Counter()
+    for row in sample:
+        pixels, row = images.decode(row)
+        shapes.add(pixels.shape)
+        with Image.open(os.fsdecode(images.paths[row]), formats=FORMATS) as image:
+            coding = f"{image.mode} {image.tile[:1]}"
+            lost["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
+            lost["all frames but the first"] += getattr(image, "is_animated", False)
+            if re.search("^I|;16[BLN]", coding):  # grey; colours, of which PIL has the upper 8 bits
+                dark.append(pixels.max() < 128)
+    if dark and all(dark):
+        raise DataError(f"{os.fsdecode(images.paths[0])!r} and others have 16 bits, of which the "
+                        "upper ones are not used, so white is not known; save them with 8 bits")
+    lost = [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
+    images = replace(images, left=[*images.left, *lost])
+
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -244,8 +345,7 @@ def in_memory(images):
     if len({p.shape for p in pixels}) > 1:
         return images
     bad = tuple(os.fsdecode(images.paths[i]) for i, row in enumerate(rows) if i != row)
-    labels = None if images.labels is None else images.labels[list(rows)]
-    return replace(images, pixels=torch.stack(pixels), paths=None, labels=labels, bad=bad)
+    return replace(images[rows], pixels=torch.stack(pixels), bad=bad)
 
 
 def draw_demo(n, seed, size=32):
@@ -316,7 +416,7 @@ class Crops(torch.utils.data.Dataset):
             top, bottom, left, right = (round(x / times) for x in (top, top + h, left, left + w))
             box = image[:, top:bottom, left:right]
             crops.append(resize(box, view.size, view.recipe.bicubic))
-        return crops, row if really != row else -1
+        return crops, torch.tensor(row if really != row else -1)  # a number would be shared later,
 
 
 class Centres(torch.utils.data.Dataset):
@@ -336,7 +436,7 @@ class Centres(torch.utils.data.Dataset):
         side = round(min(h, w) * self.share)
         top, left = (h - side) // 2, (w - side) // 2
         square = image[:, top : top + side, left : left + side]
-        return resize(square, self.size, self.bicubic), really
+        return resize(square, self.size, self.bicubic), torch.tensor(really)
 
 
 def resize(image, size, bicubic=False):
@@ -399,7 +499,17 @@ def loader(dataset, workers, device, **batches):
     batches |= {"generator": torch.Generator()}  # else it would draw from the global one
     if workers and sys.platform == "linux":
         batches["multiprocessing_context"] = "fork"  # 3.14's default would import torch in each
-    return torch.utils.data.DataLoader(dataset, **batches)
+    try:
+        return (yield from torch.utils.data.DataLoader(dataset, **batches))
+    except (DataError, RuntimeError) as e:  # a worker's
+        why = str(e)
+        if isinstance(e, RuntimeError):
+            if "shared memory" not in why:
+                raise
+            why = ("/dev/shm is too small for the batches of loader workers; add --workers 0, "
+                   "or make it larger (docker run --shm-size 16g)")
+        e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
+    raise DataError(why)
 
 
 def begin_worker(worker):

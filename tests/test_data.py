@@ -1,9 +1,13 @@
 """common/data.py: folders, kinds of files, crops that do not depend on who makes them, sets."""
 
+import contextlib
+import io
 import itertools
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import tarfile
 import time
 import zlib
@@ -101,6 +105,40 @@ def test_train_and_val(tmp_path, on_disk):
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize("files, said", [
+    ("Train Val", "4 images from Train, 2 classes .a, b.; in kNN the 4 of Val ask; left out: noth"),
+    ("train valid notes/n.txt", "the 4 of valid ask; left out: notes beside train"),
+    ("training test dev", "from training,.* 4 of dev ask; left out: test beside training"),
+    ("train2017 val2017", "from train2017,.* 4 of val2017 ask"), ("train bus", "8.*bus, train"),
+    ("val test", "test, val, what"), ("train train_2", "train, train_2, what"),
+    ("train val more", "more, train, val, what"), ("up/train up/val", "up/ in it holds.*use .*/up"),
+    ("a/1.png b/2.jfif b/3.HEIC a/4.heic b/.5.png", "left out: 2 .heic, 1 hidden$"),
+    ("a/1.png b/2.png c/3.heic", "(a, b).* left out: 1 .heic, c, a folder without images"),
+    ("a/1.png b/2.png é.png", r"no labels; no kNN; left out: labels, as \\xe9.png lies beside a"),
+    ("a/1.png a/b/2.png", "labels, as all images are in a"), ("1.png", "there are no folders"),
+    ("a/1.heic b/2.heic", "found 2 .heic"), ("日本/1.png b/2.png", r"\(b, \\u65e5\\u672c\)"),
+])
+def test_one_line_says_what_was_found_and_what_left_out(tmp_path, monkeypatch, files, said):
+    for name in files.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith((".png", ".jfif")):
+            write(tmp_path, name)
+        elif "." in name:
+            (tmp_path / name).write_text("no image")
+        else:
+            write(tmp_path, *[f"{name}/{c}/{i}.png" for c in "ab" for i in range(2)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))  # a terminal's
+    try:
+        images = load(str(tmp_path))[0]
+        line = sys.stdout.buffer.getvalue().decode().strip()
+        source = re.search("images from (.*?),", line)[1]
+        tops = {name.split("/")[0] for name in names(images, tmp_path)}
+        assert source == tmp_path.name or tops == {source}
+    except DataError as e:
+        line = str(e)
+    assert re.search(said, line) and "\n" not in line, line
+
+
 def test_links_are_followed_and_folders_that_cannot_be_listed_named(tmp_path, monkeypatch):
     write(tmp_path, "set/a/1.png", "set/b/1.png", "elsewhere/2.png")
     (tmp_path / "set/b/aside").symlink_to(tmp_path / "elsewhere")
@@ -120,7 +158,8 @@ def test_links_are_followed_and_folders_that_cannot_be_listed_named(tmp_path, mo
 def test_equally_sized_images_are_decoded_at_the_start(tmp_path, monkeypatch):
     pixels = write(tmp_path, *[f"{i:03d}.png" for i in range(120)], size=(20, 16))
     even = load(str(tmp_path))[0]
-    assert np.array_equal(even.pixels, pixels.transpose(0, 3, 1, 2)) and even.paths is None
+    assert np.array_equal(even.pixels, pixels.transpose(0, 3, 1, 2))
+    assert names(even[[1]], tmp_path) == ["001.png"]
     for limit, fits in ((pixels.size - 1, False), (pixels.size, True)):
         monkeypatch.setattr(data, "IN_MEMORY", limit)
         assert (load(str(tmp_path))[0].pixels is not None) == fits
@@ -135,11 +174,14 @@ def test_kinds_of_image_files(tmp_path):
     (rgb,) = write(tmp_path, "rgb.png")
     grey, colour = rgb[..., 0], Image.fromarray(rgb)
     palette, inverse = (Image.fromarray(x).quantize(16) for x in (rgb, 255 - rgb))
+    share = grey[..., None] / 255
+    on_white = (rgb * share + 255 * (1 - share)).round()
     flat, deep = np.array(palette.convert("RGB")), Image.fromarray(grey.astype(np.uint16) * 257)
     for name, image, want, options in (
         ("grey.png", Image.fromarray(grey), grey, {}), ("deep.png", deep, grey, {}),
-        ("rgba.png", Image.fromarray(np.dstack([rgb, grey])), rgb, {}),
-        ("index.png", palette, flat, {"transparency": 3}),
+        ("rgba.png", Image.fromarray(np.dstack([rgb, grey])), on_white, {}),
+        ("index.png", palette, np.where(np.asarray(palette)[..., None] == 3, 255, flat),
+         {"transparency": 3}),
         ("cmyk.jpg", colour.convert("CMYK"), rgb, {"quality": 100, "subsampling": 0}),
         ("bit.png", Image.fromarray(grey > 127), (grey > 127) * 255, {}),
         ("moves.gif", palette, flat, {"save_all": True, "append_images": [inverse]}),
@@ -148,7 +190,31 @@ def test_kinds_of_image_files(tmp_path):
         pixels = read_image(tmp_path / name)
         want = np.broadcast_to(want.reshape(40, 40, -1), (40, 40, 3)).transpose(2, 0, 1)
         assert pixels.shape == (3, 40, 40) and pixels.dtype == torch.uint8, name
-        assert np.abs(pixels.int().numpy() - want).max() <= (6 if name == "cmyk.jpg" else 0), name
+        near = {"cmyk.jpg": 6, "rgba.png": 1}.get(name, 0)
+        assert np.abs(pixels.int().numpy() - want).max() <= near, name
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_images_are_turned_upright(tmp_path, suffix):
+    (pixels,), exif, file = write(tmp_path, "0.png", size=(40, 24)), Image.Exif(), f"1.{suffix}"
+    for turn in range(1, 10):
+        exif[0x0112] = turn
+        how = {"exif": exif, "quality": 100, "subsampling": 0, "lossless": True}
+        Image.fromarray(pixels).save(tmp_path / file, **how)
+        x = pixels.transpose(2, 1, 0) if 5 <= turn <= 8 else pixels.transpose(2, 0, 1)
+        x = x[:, :, ::-1] if turn in (2, 3, 6, 7) else x  # after TIFF 6.0, tag 274
+        x = x[:, ::-1] if turn in (3, 4, 7, 8) else x
+        assert np.abs(read_image(tmp_path / file).numpy() - x.astype(int)).max() < 5, turn
+
+
+@pytest.mark.parametrize("white, kind, suffix, said", [
+    (1, np.float32, "tif", "F pixels.*8 bits"), (4095, np.uint16, "png", "16 bits.*8 bits"),
+    (4095, np.int32, "tif", "I pixels.*8 bits"), (65535, np.uint16, "png", None)])
+def test_pixels_of_which_no_file_states_the_range(tmp_path, white, kind, suffix, said):
+    ramp = np.arange(256).reshape(16, 16)
+    Image.fromarray((ramp * white / 255).astype(kind)).save(tmp_path / f"0.{suffix}")
+    with pytest.raises(DataError, match=said) if said else contextlib.nullcontext():
+        assert (load(str(tmp_path))[0].pixels == torch.from_numpy(ramp)).all()
 
 
 def test_broken_files_are_replaced_by_the_next_named_and_counted(tmp_path, monkeypatch, capfd):
@@ -188,8 +254,8 @@ def test_links_in_a_circle_are_followed_once(tmp_path):
 
 def test_nothing_readable(tmp_path):
     (tmp_path / "0.jpg").write_text("no")
-    for look, found in ((load, "no readable.*0.jpg"), (data.image_size, "no image.*twenty")):
-        with pytest.raises(DataError, match=found):
+    for look in (load, data.image_size):
+        with pytest.raises(DataError, match="no readable.*0.jpg.*Unidentified"):
             look(str(tmp_path))
 
 
@@ -303,7 +369,9 @@ def test_crops_and_centres_equal_torchvision(both):
 def test_large_jpeg_files_are_decoded_smaller(tmp_path, monkeypatch, size, scale, height):
     """Where the crops are small beside the image, and to nearly the crops of the whole."""
     x = TF.resize(torch.randint(50, 200, (3, 9, 12), generator=rng(1)).byte(), [1201, 1603])
-    Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "a.jpg", quality=95)
+    exif, turned = Image.Exif(), np.rot90(x.permute(1, 2, 0), size == 160)  # one lies on its side
+    exif[0x0112] = 6 if size == 160 else 1
+    Image.fromarray(turned).save(tmp_path / "a.jpg", quality=95, exif=exif)
     x, images, seen = read_image(tmp_path / "a.jpg"), data.scan(str(tmp_path)), []
 
     def read(path, shrink):
@@ -317,6 +385,30 @@ def test_large_jpeg_files_are_decoded_smaller(tmp_path, monkeypatch, size, scale
     for crop, box in zip(crops, boxes, strict=True):
         want = TF.resized_crop(x, *box, [size] * 2, antialias=True)
         assert (crop.float() - want).abs().mean() < (2 if height < 1201 else 1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (4, 6000), (6000, 4), (1, 300), (7, 3)])
+def test_any_shape(tmp_path, height, width):
+    x = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(x).save(tmp_path / name)
+    disk, rows = data.scan(str(tmp_path)), torch.arange(2)
+    for images in (disk, load(str(tmp_path))[0]):
+        (crops,) = data.crop(images, VIEWS, [(0, rows)], 0, slice(None), 0, "cpu")
+        ((centre, _),) = data.centres(images, rows, 224, 0, "cpu")
+        assert [x.shape[2] for x in crops] == [24, 24, 16] and centre.shape == (2, 3, 224, 224)
+
+
+def test_an_error_in_a_worker_ends_in_one_line_and_leaves_no_worker():
+    class Broken(torch.utils.data.Dataset):
+        def __getitem__(self, error):
+            raise error
+
+    for error, said in ((RuntimeError("unable to allocate shared memory(shm)"), "--workers 0"),
+                        (DataError("no readable image"), "no readable image")):
+        with pytest.raises(DataError, match=said):
+            next(data.loader(Broken(), 2, "cpu", sampler=[error], batch_size=None))
+        assert not multiprocessing.active_children()
 
 
 def test_show_views(tmp_path):
