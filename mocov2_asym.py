@@ -251,7 +251,7 @@ class BatchNorm(nn.BatchNorm2d):
         if self.track:
             mean.copy_(means.view(g, -1).mean(0))
             var.copy_(variances.view(g, -1).mean(0))
-        # y.view(x.shape), but not a view to autograd: a ReLU in place on a view copies it
+        # not a view to autograd, which would copy it for the ReLU in place that follows
         return torch.ops.aten._unsafe_view(y, x.shape)
 
 
@@ -261,7 +261,7 @@ class SyncNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, weight, bias, training, momentum, eps):
-        # only for its statistics; with these weights they are float32 for an x in bf16 too
+        # for its statistics alone; these weights make them float32 where x is bf16
         one, zero = torch.ones_like(running_mean), torch.zeros_like(running_mean)
         _, mean, invstd = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, eps)
         means, variances = gather(torch.stack([mean, invstd**-2 - eps])[None]).unbind(1)
@@ -490,9 +490,9 @@ def check_flags(args):
     check(g == 1 or g % world == 0,
           f"--bn-groups {g} is no multiple of {world}, the processes; use {world}, or 1 (SyncBN)")
     check(n % unit == 0 and n > g, f"--batch-size {n} is no multiple of {unit} (processes, BN "
-          f"groups) with two images or more to a group; use {' or '.join(near)}")
-    check(g > 1 or not (args.asym_bn or args.sync_bn_src), "--asym-bn and --sync-bn-src change "
-          "nothing with one BN group, which is SyncBN; add --bn-groups 8 to both runs you compare")
+          f"groups) with two images to a group; use {' or '.join(near)}")
+    check(g > 1 or not (args.asym_bn or args.sync_bn_src), "--asym-bn and --sync-bn-src need "
+          "several BN groups; add --bn-groups 8 to both runs you compare")
     check(args.warmup_epochs < args.epochs,
           f"--warmup-epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
     for low, high in (args.small_scale, args.large_scale):
@@ -548,7 +548,7 @@ def train(args, about, model, sets, device):
     since, waited, logged = time.time(), 0.0, first
     asked = since
 
-    # Only the loop holds the views' loader, so that no way out has to wait for its workers.
+    # the loop alone holds the views' loader: no exit waits for its workers
     for step, ((src, tgt), generator) in enumerate(views(args, sets[0], batches, device), first):
         waited += time.time() - asked
         torch.manual_seed(rng(args.seed, "step", step, rank()).initial_seed())  # for dropout, say
@@ -801,7 +801,7 @@ def join_processes(args):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # a store of its own for each restart by torchrun; the old one has killed processes' ports
+        # a new store for each restart by torchrun: the old one has killed processes' ports
         store, r, n = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=r, world_size=n)
