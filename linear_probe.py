@@ -405,7 +405,7 @@ def part_of(state, prefix):
 def of_run(args, run, path):
     """The backbone that the script of a run builds from run, its args.json."""
     method = str(run.get("method"))
-    script = Path(__file__).with_name(f"{method}.py")
+    script = Path(__file__).parent / f"{method}.py"
     check(method.isidentifier() and script.is_file() and run.get("format") == 3, f"{path} is of "
           f"another version of these scripts, or {script.name} is not beside linear_probe.py; put "
           "it there, or use the backbone.pth alone, in another folder")
@@ -413,7 +413,8 @@ def of_run(args, run, path):
         both = importlib.import_module(method).Method(SimpleNamespace(**run))
         return getattr(both, args.encoder).backbone
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # other flags than the script's
-        check(False, f"{path}: its flags build no network ({type(e).__name__}: {e})")
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        check(False, f"{path}: its flags build no network ({reason})")
 
 
 def find_backbone(found, encoder, path):
@@ -506,7 +507,7 @@ def parse_args(argv=None):
     flag("--batch-size", type=positive, help="lars, sgd: images per step, of all processes")
     flag("--epochs", type=positive, help="lars, sgd: length of training")
     flag("--cache-features", action="store_true", help="lars, sgd: on features of centre crops")
-    flag("--max-iter", type=positive, default=100, help="lbfgs: iterations per l2; at the end x 10")
+    flag("--max-iter", type=positive, default=200, help="lbfgs: iterations per l2; at the end x 10")
     flag("--knn-k", type=positive, nargs="+", default=[200, 20], metavar="K", help="neighbours")
 
     flag("--out", help="default: runs/linear_probe-RUN-FLAGS; the same command again resumes")
