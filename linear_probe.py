@@ -382,7 +382,7 @@ def read(path):
         if code:
             why = (f"it holds {code[1]}, and to load that would run the file's code; if you trust "
                    "it, load it with weights_only=False and save a state_dict")
-        elif path.open("rb").read(10)[8:] == b'{"':  # after the length of a header in JSON
+        elif path.read_bytes()[8:10] == b'{"':  # after the length of a header in JSON
             why = "safetensors; convert it: torch.save(safetensors.torch.load_file(FILE), NEW)"
         check(False, f"{path} cannot be read: {why}")
 
@@ -469,6 +469,8 @@ def of_others(args, state):
     arch = min(differ, key=differ.get)
     net = build(arch)
     if positions is not None and positions[:, 0].any():  # learned; MoCo v3's are 0 there
+        check(args.img_size in (None, size), f"--img-size {args.img_size}: the positions of "
+              f"{args.checkpoint} are learned, for {size} px; leave it out")
         for block in net.encoder.layers:  # DINO, torchvision: 64 channels a head; MoCo v3's S: 32
             block.self_attention.num_heads = positions.shape[2] // 64
             block.self_attention.head_dim = 64

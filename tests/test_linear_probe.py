@@ -505,6 +505,8 @@ def test_vits_with_learned_positions_have_64_channels_a_head(names, tmp_path, ca
     assert (about["arch"], about["size"]) == ("vit_small", 64)
     x = torch.rand(2, 3, 64, 64, generator=rng(3))
     close(net(x), reference(normalised(x)), 1e-4, 1e-5)
+    said = refuse(capsys, path, "--data", "demo", *FLAGS, "--img-size", 128)
+    assert "--img-size 128: the positions of" in said and "are learned, for 64 px" in said
 
 
 # ---- a run's own files ----
