@@ -235,7 +235,7 @@ def load_task(args, name, download=False):
                              f"{target.where.replace('ROOT', root)}") from e
     if train is None or len(train.classes) < 2 or len(train) < 10:
         raise data.DataError(f"{name} has no labels to learn, or less than ten images; give a "
-                             "folder with train/CLASS/ and val/CLASS/, or with CLASS/, several")
+                             "folder with train/CLASS/ and val/CLASS/")
     if bad := sorted({*train.bad, *test.bad}):
         raise data.DataError(f"{len(bad)} unreadable image(s), such as {bad[0]}: remove them")
 
@@ -243,9 +243,8 @@ def load_task(args, name, download=False):
     held_out = target.held_out if target and target.held_out < n / 2 else n // 10
     held = torch.randperm(n, generator=rng(args.seed, "held out"))[:held_out]
     if val:  # chosen on val, then trained on train and val
-        paths = np.concatenate([train.paths, val[0].paths])
-        labels = torch.cat([train.labels, val[0].labels])
-        train = data.Images(paths=paths, labels=labels, classes=train.classes)
+        train = replace(train, paths=np.concatenate([train.paths, val[0].paths]),
+                        labels=torch.cat([train.labels, val[0].labels]))
         held = torch.arange(n, len(train))
     rest = torch.ones(len(train), dtype=torch.bool).index_fill(0, held, False).nonzero()[:, 0]
     return SimpleNamespace(name=name, metric=target.metric if target else "top-1", images=train,
@@ -282,8 +281,8 @@ def encode(args, net, images):
         parts.append(net(x).cpu())
         read.append(really)
 
-    bad = (torch.cat(read) != torch.arange(len(part))).nonzero()[:, 0]
-    data.Images.report([os.fsdecode(part.paths[row]) for row in bad.tolist()])
+    bad = torch.cat(read) != torch.arange(len(part))
+    data.Images.report([os.fsdecode(part.paths[row]) for row in bad.nonzero()[:, 0].tolist()])
     refuse_unreadable()
     return gather(torch.cat(parts))[: len(images)]
 
@@ -479,8 +478,8 @@ def of_others(args, state):
 
 # ============================================================================== flags
 MAY_DIFFER = {  # between a probe and its continuation
-    "checkpoint", "data_root", "device", "download", "export", "nproc", "out", "overwrite",
-    "save_features", "workers"}
+    "checkpoint", "data_root", "device", "download", "export", "names", "nproc", "out", "overwrite",
+    "save_features", "torch", "workers"}
 
 
 def parse_args(argv=None):
@@ -524,8 +523,8 @@ def parse_args(argv=None):
     check(args.lr is None or args.lr_sweep is None, "--lr and --lr-sweep exclude each other")
     if args.out is None:
         path = Path(args.checkpoint).resolve()
-        ours = path.stem in ("last", "backbone", "backbone_target")
-        args.out = f"runs/linear_probe-{path.parent.name + '-' if ours else ''}{path.stem}"
+        parts = [path.parent.name, path.stem] if path.is_file() else [path.name]
+        args.out = "runs/linear_probe-" + "-".join(parts)
         for name, value in vars(args).items():
             if value != p.get_default(name) and name not in MAY_DIFFER:
                 value = "_".join(map(str, value)) if isinstance(value, list) else value
@@ -633,9 +632,8 @@ def measure(args, net, task):
 def save_features(file, task):
     """Writes NumPy arrays: train_x (n, d) and test_x, float32, train_labels and test_labels,
     train_names and test_names, of files, "" where images are not files."""
-    train, test = ("train", task.images, task.x), ("test", task.test_images, task.test_x)
-    arrays = {}
-    for part, images, x in (train, test):
+    arrays, test = {}, ("test", task.test_images, task.test_x)
+    for part, images, x in (("train", task.images, task.x), test):
         paths = [b""] * len(images) if images.paths is None else images.paths
         arrays |= {f"{part}_x": x.float(), f"{part}_labels": images.labels,
                    f"{part}_names": np.array([os.fsdecode(path) for path in paths])}
@@ -644,6 +642,7 @@ def save_features(file, task):
 
 
 def report(args, results, absent):
+    """A line for each data set; of Table 4, the table."""
     for name, r in results.items():
         held = f", on {r['held_out']} held-out training images" if r["held_out"] else ""
         votes = "".join(f"; kNN k={k}: {v:.1%}" for k, v in r["knn"].items())
@@ -653,8 +652,8 @@ def report(args, results, absent):
         say(f"\n{'':12s} paper   here   in %; {args.protocol}, {r['rule']} (the paper: lr search)")
         for name, t in TRANSFER.items():
             here = f"{100 * results[name]['value']:.1f}" if name in results else "-"
-            note = f"; {absent[name]}" if name in absent else ""
-            note += "; the paper's figure is another metric" if name == "voc2007" else ""
+            note = "; the paper's is probably another" if name == "voc2007" else ""
+            note += f"; {absent[name]}" if name in absent else ""
             say(f"{t.title:12s}{t.paper:6.1f} {here:>6s}   {t.metric}{note}")
     say(f"written to {args.out}/result.json")
 
