@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 
 from common import augment, data, knn, resnet
 from common.augment import View, rng
