@@ -37,25 +37,92 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 
 from common import augment, data, knn, resnet
 from common.augment import View, rng
 from common.lars import LARS
-from common.transfer import TRANSFER
+from common.transfer import METRICS, TRANSFER
 from mocov2_asym import (SIGNALS, all_sum, amount, barrier, check, check_launch, fit, fraction,
                          gather, join_processes, launch, lr_factor, mine, positive, rank, say,
                          whole, world_size)
 
 # ============================================================================== protocols
 PROTOCOLS = {  # lr: per 256 images. Epochs and schedule of sgd are our choice, the paper is silent
-    "lars": {"lr": 0.1, "batch_size": 4096, "epochs": 90, "schedule": "cosine"},
-    "sgd": {"lr": 120.0, "batch_size": 256, "epochs": 100, "schedule": "cosine"},
+    "lars": {"lr": 0.1, "batch_size": 4096, "epochs": 90},
+    "sgd": {"lr": 120.0, "batch_size": 256, "epochs": 100},
     "lbfgs": {},
     "knn": {},
 }
 LR_SWEEP = {"lars": [0.02, 0.05, 0.1, 0.2, 0.5], "sgd": [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]}
 L2_SWEEP = torch.logspace(5, -6, 45, dtype=torch.float64).tolist()  # SimCLR's, the strongest first
+
+
+def gradient_probe(args, net, task):
+    """lars and sgd: the result, what was chosen, and the score of each lr."""
+    scores = train(args, net, task, "search", args.lr_sweep) if args.lr_sweep else {}
+    lr = max(scores, key=scores.get, default=args.lr)
+    value = train(args, net, task, "final", [lr])[lr]
+    return {"value": value, "chosen": {"lr": lr}, "scores": scores}
+
+
+def train(args, net, task, stage, lrs):
+    """Trains one classifier per learning rate, all on the same features. In the stage "search" the
+    held-out images judge, which are left out; in "final" the test images. Returns lr -> result of
+    the last epoch."""
+    rows, x, labels = torch.arange(len(task.labels)), task.test_x, task.test_labels
+    if stage == "search":
+        rows, x, labels = task.rest, task.held_x, task.labels[task.held]
+    x, epoch = x.to(args.device), len(rows) // args.batch_size  # in steps, as total
+    total = args.epochs * epoch
+
+    heads = nn.ModuleList(classifier(x.shape[1], task.classes, args.seed) for _ in lrs)
+    groups = [{"params": list(head.parameters())} for head in heads.to(args.device)]
+    if args.protocol == "lars":  # the bias has a trust ratio too, as in the paper's code
+        optimizer = LARS(groups, lr=0.0, momentum=0.9, adapt_1d=True)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    first, file = 0, Path(args.out, f"{stage}-{Path(task.name).name}.pt")
+    if file.exists():
+        state = read(file)
+        heads.load_state_dict(state["heads"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+
+    steps = data.global_batches(len(rows), args.batch_size, args.seed, first, total)
+    steps = ((step, rows[i]) for step, i in steps)
+    summed = torch.zeros(len(lrs), device=args.device)
+    for step, chosen, features in features_of(args, net, task, steps):
+        right = task.labels[chosen].to(args.device)
+        loss = torch.stack([losses(head(features), right).mean() for head in heads])
+        optimizer.zero_grad()
+        loss.sum().backward()  # each classifier gets the gradient of its own loss
+        for lr, group in zip(lrs, optimizer.param_groups, strict=True):
+            group["lr"] = lr * args.batch_size / 256 * lr_factor(step, total, 0)
+            for p in group["params"]:
+                p.grad = all_sum(p.grad) / world_size()
+        optimizer.step()
+
+        summed, passed = summed + loss.detach(), (step + 1) // epoch
+        if (step + 1) % epoch == 0:
+            mean = (all_sum(summed) / world_size() / epoch).tolist()
+            finite = math.isfinite(mean[0]) and all(p.isfinite().all() for p in heads.parameters())
+            check(finite or len(lrs) > 1, f"loss {mean[0]}, or weights that are not finite, after "
+                  f"epoch {passed}: try a tenth of --lr {lrs[0]}")
+            log(args, {"data": task.name, "stage": stage, "epoch": passed, "lr": lrs, "loss": mean,
+                       task.metric: [grade(task, head, x, labels) for head in heads]},
+                show=passed % max(1, args.epochs // 10) == 0)
+            summed = torch.zeros_like(summed)
+            save(args, file.name, {"step": step + 1, "heads": heads.state_dict(),
+                                   "optimizer": optimizer.state_dict()})
+    return {lr: grade(task, head, x, labels) for lr, head in zip(lrs, heads, strict=True)}
+
+
+def classifier(width, classes, seed):
+    """Weights from N(0, 0.01), bias 0."""
+    head = nn.Linear(width, classes)
+    nn.init.normal_(head.weight, std=0.01, generator=rng(seed, "classifier"))
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def losses(logits, labels):
@@ -68,184 +135,77 @@ def losses(logits, labels):
     return (each * (labels >= 0)).sum(1)
 
 
-def gradient_probe(args, task, features):
-    """lars and sgd. Returns the result, what was chosen, and the score of each lr."""
-    lr, scores = args.lr, {}
-    if args.lr_sweep:
-        held = task.held_x, task.labels[task.held]
-        scores = train(args, task, features, "search", args.lr_sweep, task.rest, *held)
-        lr = max(scores, key=scores.get)
-    rows, test = torch.arange(len(task.labels)), (task.test_x, task.test_labels)
-    value = train(args, task, features, "final", [lr], rows, *test)[lr]
-    return {"value": value, "chosen": {"lr": lr}, "scores": scores}
-
-
-def train(args, task, features, stage, lrs, rows, judge_x, judge_labels):
-    """Trains one classifier per learning rate, all on the same features of the images rows (n,),
-    and measures them after each epoch on judge_x (m, d). features: pairs (step, rows) -> triples
-    (step, rows, this process's features of them). Returns lr -> result of the last epoch."""
-    batch, judge_x, file = args.batch_size, judge_x.to(args.device), file_of(stage, task)
-    epoch = len(rows) // batch  # in steps, as total
-    total = args.epochs * epoch
-    heads = nn.ModuleList(classifier(judge_x.shape[1], task.classes, args.seed) for _ in lrs)
-    groups = [{"params": list(head.parameters())} for head in heads.to(args.device)]
-    if args.protocol == "lars":  # the bias has a trust ratio too, as in the paper's code
-        optimizer = LARS(groups, lr=0.0, momentum=0.9, adapt_1d=True)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-
-    first = 0
-    if state := load(args, file):
-        heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    steps = data.global_batches(len(rows), batch, args.seed, first, total)
-    summed = torch.zeros(len(lrs), device=args.device)
-    for step, chosen, x in features((step, rows[i]) for step, i in steps):  # x (n, d)
-        labels = task.labels[chosen[mine()]].to(args.device)
-        loss = torch.stack([losses(head(x), labels).mean() for head in heads])
-        optimizer.zero_grad()
-        loss.sum().backward()  # each classifier gets the gradient of its own loss
-        for lr, group in zip(lrs, optimizer.param_groups, strict=True):
-            group["lr"] = lr * batch / 256 * schedule(args, step, total)
-            for p in group["params"]:
-                p.grad = all_sum(p.grad) / world_size()
-        optimizer.step()
-
-        summed, (passed, rest) = summed + loss.detach(), divmod(step + 1, epoch)
-        if rest == 0:
-            mean = (all_sum(summed) / world_size() / epoch).tolist()
-            finite = all(p.isfinite().all() for p in heads.parameters())
-            check(len(lrs) > 1 or finite and math.isfinite(mean[0]), f"loss {mean[0]}, or weights "
-                  f"that are not finite, after epoch {passed}: try a tenth of --lr {lrs[0]}")
-            log(args, {"data": task.name, "stage": stage, "epoch": passed, "lr": lrs, "loss": mean,
-                       task.metric: grades(task, heads, judge_x, judge_labels)},
-                show=passed % max(1, args.epochs // 10) == 0)
-            summed = torch.zeros_like(summed)
-            if task.x is None or passed == args.epochs:  # stored features: quickly repeated
-                save(args, file, {"step": step + 1, "heads": heads.state_dict(),
-                                  "optimizer": optimizer.state_dict()})
-    return dict(zip(lrs, grades(task, heads, judge_x, judge_labels), strict=True))
-
-
-def classifier(width, classes, seed):
-    """Weights from N(0, 0.01), bias 0."""
-    head = nn.Linear(width, classes)
-    nn.init.normal_(head.weight, std=0.01, generator=rng(seed, "classifier"))
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def schedule(args, step, total):
-    """The learning rate's share: half a cosine, or MoCo's steps at 60 and 80 per cent."""
-    if args.schedule == "cosine":
-        return lr_factor(step, total, 0)
-    return 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))
-
-
 @torch.no_grad()
-def grades(task, heads, x, labels):
-    return [METRICS[task.metric](head(x).cpu(), labels.cpu()) for head in heads]
+def grade(task, head, x, labels):
+    return METRICS[task.metric](head(x).cpu(), labels.cpu())
 
 
 def lbfgs_probe(args, task):
     """l2 by the held-out images; then a fit on all training images, begun at the chosen one."""
     device = "cpu" if args.device.type == "mps" else args.device  # mps has no float64
-    x, labels = task.x[0].to(device).double(), task.labels.to(device)
-    solved, best = None, None
+    x, labels = task.x.to(device).double(), task.labels.to(device)
+    fitted, fits, scores = None, {}, {}
     for l2 in L2_SWEEP:
-        solved = fit_l2(x[task.rest], labels[task.rest], task.classes, l2, solved, args.max_iter)
-        value, = grades(task, [solved.predict], x[task.held], labels[task.held])
-        log(args, {"data": task.name, "l2": l2, "held_out": value, "iterations": solved.iterations},
-            show=False)
-        if best is None or value > best[0]:  # the strongest of equals
-            best = value, l2, solved
+        fitted = fit_l2(x[task.rest], labels[task.rest], task.classes, l2, fitted, args.max_iter)
+        fits[l2], scores[l2] = fitted, grade(task, fitted.predict, x[task.held], labels[task.held])
 
-    solved = fit_l2(x, labels, task.classes, *best[1:], 10 * args.max_iter)
-    if solved.gradient > 1e-4:
-        say(f"warning: L-BFGS stopped at a gradient of {solved.gradient:.1g}; raise --max-iter")
-    value, = grades(task, [solved.predict], task.test_x.to(device).double(), task.test_labels)
-    weights = {"weight": solved.w.float().cpu(), "bias": solved.b.float().cpu()}
-    save(args, file_of("classifier", task), weights)
-    return {"value": value, "chosen": {"l2": best[1]}, "iterations": solved.iterations,
-            "gradient": solved.gradient}
+    l2 = max(scores, key=scores.get)  # the strongest of equals
+    final = fit_l2(x, labels, task.classes, l2, fits[l2], 10 * args.max_iter)
+    short = [f"{l2:.2g}" for l2, fitted in fits.items() if not fitted.solved]
+    if short or not final.solved:
+        say(f"warning: L-BFGS stopped before the optimum at l2 {' '.join(short)}"
+            f"{', and at the end' * (not final.solved)}; raise --max-iter {args.max_iter}")
+    value = grade(task, final.predict, task.test_x.to(device).double(), task.test_labels)
+    return {"value": value, "chosen": {"l2": l2}, "scores": scores, "unsolved": short}
 
 
 def fit_l2(x, labels, classes, l2, start=None, most=1000):
-    """Minimises sum of losses + l2/2 |w|^2 over w (c, d) and b (c,), which has no penalty.
+    """Minimises f = sum of losses + l2/2 |w|^2 over w (c, d) and b (c,), which has no penalty.
 
-    x: float64 (n, d). start: the fit to begin at. As b is free, taking the mean off x changes
-    nothing but the speed; a common scale s of x goes into w. Returns w, b, predict, iterations, and
-    the largest gradient of the mean loss.
+    x: float64 (n, d). start: the fit to begin at. Returns w, b, predict, iterations, and whether it
+    is solved: as f is l2-strongly convex in w, it is at most |gradient|^2 / (2 l2) above its
+    minimum, which is to be less than f / 10,000. With weak l2 that is what bounds w's error; with
+    strong l2 another bound on the gradient does, 1e-5 of f at the start.
     """
-    mean = x.mean(0)
-    s = (x - mean).square().mean().sqrt().clamp_min(1e-12)
+    mean = x.mean(0)  # taken off x, which b makes up for, and a scale s, which w does: for speed
+    s = ((x - mean).square().mean() + l2 / len(x)).sqrt()
     z, w, b = (x - mean) / s, x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
     if start:
         w, b = start.w * s, start.b + start.w @ mean
     w.requires_grad_()
     b.requires_grad_()
-    optimizer = torch.optim.LBFGS([w, b], max_iter=most, max_eval=2 * most, tolerance_grad=1e-6,
-                                  tolerance_change=1e-10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([w, b], max_iter=5, tolerance_grad=0, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
 
-    def objective():
+    def objective(unit):
         optimizer.zero_grad()
-        penalty = l2 / 2 * (w / s).square().sum()
-        value = (losses(z @ w.T + b, labels).sum() + penalty) / len(x)
+        value = (losses(z @ w.T + b, labels).sum() + l2 / 2 * (w / s).square().sum()) / unit
         value.backward()
         return value
 
-    optimizer.step(objective)
-    objective()
-    largest = max(p.grad.abs().max().item() for p in (w, b))
-    iterations = optimizer.state[w]["n_iter"]
+    first, solved, iterations = objective(1).item(), False, 0
+    while not solved and iterations < most:
+        optimizer.step(partial(objective, first))  # the line search wants values near 1
+        value, gradient = objective(first).item(), nn.utils.get_total_norm([w.grad, b.grad]).item()
+        solved = gradient < min(1e-5, math.sqrt(2e-4 * l2 * value / first) / s.item())
+        iterations = optimizer.state[w]["n_iter"]
     w, b = w.detach() / s, b.detach() - w.detach() / s @ mean
-    return SimpleNamespace(w=w, b=b, predict=lambda x: x @ w.T + b, gradient=largest,
-                           iterations=iterations)
+    return SimpleNamespace(w=w, b=b, predict=lambda x: x @ w.T + b, iterations=iterations,
+                           solved=solved)
 
 
 def knn_probe(args, task):
     """k -> top-1, for each k of --knn-k that the training images allow."""
-    bank = F.normalize(task.x[0].to(args.device)), task.labels.to(args.device)
+    bank = F.normalize(task.x.to(args.device)), task.labels.to(args.device)
     queries = F.normalize(task.test_x.to(args.device)), task.test_labels.to(args.device)
     return {k: knn.vote(bank, queries, k) for k in args.knn_k if k <= len(task.labels)}
-
-
-# ============================================================================== metrics
-def top1(logits, labels):
-    """Share of images (n, c), (n,) whose largest logit is right."""
-    return (logits.argmax(1) == labels).float().mean().item()
-
-
-def mean_per_class(logits, labels):
-    """Mean over the classes of the share of a class's images that are right."""
-    right = (logits.argmax(1) == labels).float()
-    return torch.stack([right[labels == c].mean() for c in labels.unique()]).mean().item()
-
-
-def map11(logits, labels):
-    """VOC 2007's mean average precision. For each class, at the recalls 0, 0.1, ..., 1 the best
-    precision at that recall or more; the mean of these 11. Labels (n, c): see losses()."""
-    means = []
-    for score, label in zip(logits.T, labels.T, strict=True):
-        known = label >= 0
-        order = score[known].argsort(descending=True, stable=True)
-        hits = label[known][order].cumsum(0).double()
-        if len(hits) and hits[-1] > 0:  # a class that occurs
-            recall, precision = hits / hits[-1], hits / torch.arange(1, len(hits) + 1)
-            best = [precision[recall >= t / 10].max().item() for t in range(11)]
-            means.append(sum(best) / 11)
-    return sum(means) / max(1, len(means))
-
-
-METRICS = {"top-1": top1, "mean per class": mean_per_class, "11-point mAP": map11}
 
 
 # ============================================================================== data sets
 def load_tasks(args, download=False):
     """name -> load_task(); and, where --transfer asks for several, name -> why it is absent."""
     tasks, absent = {}, {}
-    asked = [args.data] if args.data else args.transfer
+    asked = args.transfer or [args.data]
     for name in TRANSFER if "all" in asked else asked:
         try:
             tasks[name] = load_task(args, name, download)
@@ -256,11 +216,11 @@ def load_tasks(args, download=False):
 
 
 def load_task(args, name, download=False):
-    """A data set to classify, its training and its test images. Raises data.DataError. Labels are
-    (n,), or (n, c) of 1, 0, -1; held and rest are the rows of the images held out to choose and of
-    the others. measure() adds features: x (views, n, d), or None for fresh crops, test_x (m, d),
-    and, for --lr-sweep, held_x."""
-    target, root = TRANSFER.get(name), args.data_root
+    """A data set to classify: images to learn from and to test on, and their labels, (n,), or
+    (n, c) of 1, 0, -1; held and rest are the rows of those held out to choose and of the others.
+    measure() adds features: x (n, d), or None for fresh crops, test_x, held_x. May raise
+    data.DataError."""
+    target, root = TRANSFER[name] if args.transfer else None, args.data_root
     try:
         if target and target.load:
             train, *val, test = target.load(root, download)
@@ -274,33 +234,30 @@ def load_task(args, name, download=False):
                              f"{target.where.replace('ROOT', root)}") from e
     if train is None or len(train.classes) < 2 or len(train) < 10:
         raise data.DataError(f"{name} has no labels to learn, or less than ten images; give a "
-                             "folder with train/CLASS/ and val/CLASS/, or with CLASS/, several")
+                             "folder with train/CLASS/ and val/CLASS/")
     if bad := sorted({*train.bad, *test.bad}):
         raise data.DataError(f"{len(bad)} unreadable image(s), such as {bad[0]}: remove them")
 
-    n, metric, held_out = len(train), "top-1", len(train) // 10
-    if target:
-        metric, held_out = target.metric, target.held_out if target.held_out < n / 2 else held_out
+    n = len(train)
+    held_out = target.held_out if target and target.held_out < n / 2 else n // 10
     held = torch.randperm(n, generator=rng(args.seed, "held out"))[:held_out]
     if val:  # chosen on val, then trained on train and val
-        paths = np.concatenate([train.paths, val[0].paths])
-        labels = torch.cat([train.labels, val[0].labels])
-        train = data.Images(paths=paths, labels=labels, classes=train.classes)
+        train = replace(train, paths=np.concatenate([train.paths, val[0].paths]),
+                        labels=torch.cat([train.labels, val[0].labels]))
         held = torch.arange(n, len(train))
-    chosen = torch.ones(len(train), dtype=torch.bool).index_fill(0, held, False)
-    task = SimpleNamespace(
-        name=name, metric=metric, classes=len(train.classes), labels=train.labels, held=held,
-        rest=chosen.nonzero()[:, 0], test_labels=test.labels, x=None, held_x=None, test_x=None)
-    return task, train, test
+    rest = torch.ones(len(train), dtype=torch.bool).index_fill(0, held, False).nonzero()[:, 0]
+    return SimpleNamespace(name=name, metric=target.metric if target else "top-1", images=train,
+                           labels=train.labels, classes=len(train.classes), held=held, rest=rest,
+                           test_images=test, test_labels=test.labels, x=None)
 
 
 # ============================================================================== features
 class Frozen(nn.Module):
     """Images (n, 3, s, s) in [0, 1] -> features (n, d): normalisation, a backbone in eval mode."""
 
-    def __init__(self, backbone, size, bicubic, mean, std):
+    def __init__(self, backbone, size, mean, std):
         super().__init__()
-        self.backbone, self.size, self.bicubic = backbone, size, bicubic
+        self.backbone, self.size = backbone, size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.requires_grad_(False).eval()
@@ -310,48 +267,42 @@ class Frozen(nn.Module):
         return self.backbone((x - self.mean) / self.std).to(torch.get_default_dtype())
 
 
-def encode(args, net, images, transfer, view=None):
-    """Features (len(images), d), the images shared out among the processes: of centre crops
-    (ImageNet: resize to 256, crop 224; transfer, and up to 64 px: all of the square), or of a
-    view's random crops."""
+def encode(args, net, images):
+    """Features (n, d) of n images' centre crops, shared out among the processes. The crops are
+    those of the scripts' kNN: resize to 256, crop 224, up to 64 px all of the square, bilinear.
+    Transfer, as BYOL: all of the square, bicubic."""
     rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
-    parts, part = [], images[rows[mine()]]
-    if view is not None:
-        splits = rows.split(256 * world_size())
-        steps = ((f"view {view}, {i}", split) for i, split in enumerate(splits))
-        for _, _, x in fresh(args, net, images, steps):
-            parts.append(x.cpu())
-        return gather(torch.cat(parts))[: len(images)]
-
-    share = 1 if transfer or net.size <= 64 else 224 / 256
-    squares = data.Centres(part, net.size, share, transfer or net.bicubic)
-    workers, next_row = args.workers if part.pixels is None else 0, 0
+    part, parts, read = images[rows[mine()]], [], []
+    squares = data.Centres(part, net.size, 1 if args.transfer else None, bool(args.transfer))
+    workers = args.workers if part.pixels is None else 0
     for x, really in data.loader(squares, workers, args.device, batch_size=256):
-        bad = (really != next_row + torch.arange(len(x))).nonzero()[:, 0] + next_row
-        next_row += len(x)
-        data.Images.report([os.fsdecode(part.paths[row]) for row in bad.tolist()])
-        refuse_unreadable()
         x = x.to(args.device).to(torch.get_default_dtype()) / 255
         parts.append(net(x).cpu())
+        read.append(really)
+
+    bad = torch.cat(read) != torch.arange(len(part))
+    data.Images.report([os.fsdecode(part.paths[row]) for row in bad.nonzero()[:, 0].tolist()])
+    refuse_unreadable()
     return gather(torch.cat(parts))[: len(images)]
 
 
-def fresh(args, net, images, steps):
-    """features for train(): of new random crops and flips at each step."""
-    view = View(replace(augment.V2, scale=(0.08, 1.0), bicubic=net.bicubic), net.size)
-    steps, again = itertools.tee(steps)
-    crops = data.crop(images, [view], again, args.seed, mine(), args.workers, args.device)
+def features_of(args, net, task, steps):
+    """Yields, for each (step, rows of the global batch), the step, this process's rows and their
+    features (n, d): stored ones, or those of new random crops and flips."""
+    if task.x is not None:
+        for step, rows in steps:
+            yield step, rows[mine()], task.x[rows[mine()]].to(args.device)
+        return
+
+    view = View(replace(augment.V2, scale=(0.08, 1.0)), net.size)
+    steps, ahead = itertools.tee(steps)
+    crops = data.crop(task.images, [view], ahead, args.seed, mine(), args.workers, args.device)
     for (step, rows), (x,) in zip(steps, crops, strict=True):
         refuse_unreadable()
         flip = torch.rand(len(rows), generator=rng(args.seed, "flip", step))[mine()] < 0.5
         x = torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(3), x)
-        yield step, rows, torch.cat([net(part) for part in x.split(256)])  # 4096 fill a small GPU
-
-
-def stored(args, x, steps):
-    """features for train(): from x (views, n, d), each step from the next view."""
-    for step, rows in steps:
-        yield step, rows, x[step % len(x), rows[mine()]].to(args.device)
+        parts = [net(part) for part in x.split(256)]  # a batch of 4096 would fill a small GPU
+        yield step, rows[mine()], torch.cat(parts)
 
 
 def refuse_unreadable():
@@ -362,17 +313,18 @@ def refuse_unreadable():
 
 
 # ============================================================================== checkpoints
-FORMATS = (  # whose; what the names of source and target begin with, after "module."
-    ("last.pt of our scripts", "source.backbone.", "target.backbone."),
-    ("MoCo v1, MoCo v2 or asym-siam", "encoder_q.", "encoder_k."),
-    ("MoCo v3", "base_encoder.", "momentum_encoder."),
-    ("SimSiam", "encoder.", None),
-    ("Barlow Twins, DINO or solo-learn", "backbone.", "momentum_backbone."),
-    ("plain names, as backbone.pth, torchvision, Barlow Twins, SwAV, DINO", "", None),
+MARKS = (  # two tensors by which a backbone is known, whatever stands before their names
+    ("conv1.weight", "layer1.0.conv1.weight"),  # ResNets of torchvision and timm
+    ("0.weight", "4.0.conv1.weight"),  # nn.Sequential(*resnet.children()), as in lightly
+    ("conv_proj.weight", "class_token"),  # ViTs of torchvision
+    ("patch_embed.proj.weight", "cls_token"),  # ViTs of timm, MoCo v3 and DINO
 )
-STEMS = ("conv1.weight", "conv_proj.weight", "patch_embed.proj.weight")  # a backbone has one
-HEADS = ("fc.", "head.", "heads.", "projection_head.", "prototypes.")
-VIT_NAMES = {  # timm's names of a ViT's tensors, and torchvision's old ones -> its new ones
+TARGET = re.compile(r"(^|[._])(momentum|teacher|target|ema|k)[._]")  # in the names of a target
+HEADS = ("fc.", "head.", "heads.", "classifier.", "linear.", "projector.", "projection_head.",
+         "predictor.", "prototypes.", "queue")
+RENAME = {  # nn.Sequential's, timm's ViTs' and torchvision's old names -> torchvision's
+    r"^0\.": "conv1.", r"^1\.": "bn1.", r"^4\.": "layer1.", r"^5\.": "layer2.",
+    r"^6\.": "layer3.", r"^7\.": "layer4.",
     r"^cls_token$": "class_token", r"^pos_embed$": "encoder.pos_embedding",
     r"^patch_embed\.proj": "conv_proj", r"^norm\.": "encoder.ln.",
     r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.", r"\.norm([12])\.": r".ln_\1.",
@@ -384,142 +336,149 @@ VIT_NAMES = {  # timm's names of a ViT's tensors, and torchvision's old ones -> 
 def load_backbone(args):
     """The network of a checkpoint, a Frozen, and a dict about it. Of a run: whatever network its
     own script builds. Of other files: the architecture whose tensors fit; 224 px, or 32 with the
-    3 x 3 convolution of CIFAR's stem; bilinear; ImageNet's normalisation."""
-    path, encoder = Path(args.checkpoint), args.encoder
+    3 x 3 convolution of CIFAR's stem; ImageNet's normalisation."""
+    path, run, names = Path(args.checkpoint), {}, ""
     if path.is_dir():
-        path = path / ("backbone_target.pth" if encoder == "target" else "backbone.pth")
-    found, beside, run = read(path), path.with_name("args.json"), {}
+        path = path / ("backbone_target.pth" if args.encoder == "target" else "backbone.pth")
+    found, beside = read(path), path.with_name("args.json")
     if found.keys() >= {"args", "step", "model"}:  # last.pt
-        run, title = found["args"], FORMATS[0][0]
-        state = part_of(found["model"], f"{encoder}.backbone.")
+        run, names = found["args"], f"model.{args.encoder}.backbone."
     elif path.name in ("backbone.pth", "backbone_target.pth") and beside.exists():
-        run, title, state = json.loads(beside.read_text()), FORMATS[-1][0], found
+        run = json.loads(beside.read_text())
+    torch.manual_seed(args.seed)
+    if run:
+        state, net = part_of(flatten(found), names), of_run(args, run, path)
+        arch, size = run["arch"], run["img_size"]
     else:
-        state, title = plain_names(found, encoder, path)
-    net, arch, size, bicubic, origin = of_run(args, run, path) if run else of_others(args, state)
+        names, state = find_backbone(found, args.encoder, path)
+        net, arch, size = of_others(args, state)
     if not args.untrained:
-        fit(net, state, f"{path} ({title}; {origin})")
-    tensors = [v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")]
+        fit(net, state, f"{path} (its {names}*; nearest is {arch})")
 
     mean = args.mean or run.get("mean", data.IMAGENET[0])
     std = args.std or run.get("std", data.IMAGENET[1])
-    frozen = Frozen(net, args.img_size or size, bicubic, mean, std)
+    frozen = Frozen(net, args.img_size or size, mean, std)
     try:
         width = frozen(torch.zeros(1, 3, frozen.size, frozen.size)).shape[1]
     except (RuntimeError, AssertionError) as e:
         check(False, f"--img-size {frozen.size} is not for {arch}: {str(e).splitlines()[0]}")
-    vit = isinstance(net, torchvision.models.VisionTransformer)
+    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in net.state_dict().values()))
     return frozen.to(args.device), {
-        "format": title, "arch": arch, "loaded": 0 if args.untrained else len(tensors),
-        "of": len(tensors), "layer": "class token" if vit else "pooled", "dim": width,
-        "size": frozen.size, "interpolation": "bicubic" if bicubic else "bilinear",
-        "heads": net.encoder.layers[0].self_attention.num_heads if vit else None,
-        "mean": mean, "std": std, "data": run.get("data"),
-        "weights": hashlib.sha256(b"".join(v.numpy().tobytes() for v in tensors)).hexdigest()[:16]}
+        "names": f"{names}*", "arch": arch, "tensors": len(state), "dim": width,
+        "size": frozen.size, "mean": mean, "std": std, "weights": digest.hexdigest()[:16],
+        "trained_on": run.get("data")}
 
 
 def read(path):
-    """A file of torch.save: a dict. Nothing in it is executed."""
+    """A file of torch.save, a dict. Nothing in it is executed."""
     check(path.is_file(), f"{path}: no such file; give the folder of a run, or a checkpoint")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # a truncated or foreign file raises nearly anything
         code = re.search(r"GLOBAL ([\w.]+)", str(e))
-        check(not code, f"{path} holds {code and code[1]}, and to load that would run the file's "
-              "code. If you trust it, keep its tensors: torch.save(torch.load(FILE, "
-              "weights_only=False)[KEY], NEW), where KEY is state_dict, model, student or teacher")
-        check(False, f"{path} is not a whole checkpoint of torch ({type(e).__name__}); truncated?")
-    check(isinstance(found, dict), f"{path} holds a {type(found).__name__}; save a state_dict()")
-    return found
+        why = f"it is no whole dict of torch.save ({type(e).__name__}); truncated?"
+        if code:
+            why = (f"it holds {code[1]}, and to load that would run the file's code; if you trust "
+                   "it, load it with weights_only=False and save a state_dict")
+        elif path.read_bytes()[8:10] == b'{"':  # after the length of a header in JSON
+            why = "safetensors; convert it: torch.save(safetensors.torch.load_file(FILE), NEW)"
+        check(False, f"{path} cannot be read: {why}")
 
 
-def of_run(args, run, path):
-    """The backbone that the script of a run builds from run, its args.json; arch, pixels, whether
-    crops are bicubic, and the origin of the network."""
-    method = str(run.get("method"))
-    here, copy = Path(__file__).parent / f"{method}.py", path.parent / f"{method}.py"
-    check(method.isidentifier() and here.is_file() and run.get("format") == 3, f"{path} is of "
-          f"another version of these scripts, or {here.name} is not beside linear_probe.py; put it "
-          "there, or use the backbone.pth alone, in another folder")
-    differs = copy.is_file() and copy.read_bytes() != here.read_bytes()
-    origin = f"{here.name} here{' differs from the copy in the run' * differs}"
-    script, flags = importlib.import_module(method), SimpleNamespace(**run)
-    try:
-        torch.manual_seed(args.seed)
-        net = getattr(script.Method(flags), args.encoder).backbone
-        return net, run["arch"], run["img_size"], script.augmentations(flags)[0].bicubic, origin
-    except (AttributeError, KeyError, TypeError, ValueError) as e:  # other flags than the script's
-        check(False, f"{path}: its flags build no network "
-              f"({f'{type(e).__name__}: {e}'.splitlines()[0]}; {origin})")
-
-
-def plain_names(found, encoder, path):
-    """The encoder's backbone in torchvision's names, without heads, and whose format it is."""
-    if found.keys() >= {"student", "teacher"}:  # DINO's source and target
-        found, encoder = found["teacher" if encoder == "target" else "student"], "source"
-    found = next((found[k] for k in ("model", "state_dict") if k in found), found)
-    found = {k.removeprefix("module."): v for k, v in found.items() if torch.is_tensor(v)}
-    fits = [row for row in FORMATS if any(row[1] + stem in found for stem in STEMS)]
-    check(fits, f"{path} holds no backbone, but {', '.join([*found][:4]) or 'no tensor'}; give a "
-          "run's folder, its backbone.pth or last.pt, or a file that is not of a head alone")
-
-    title, *prefixes = fits[0]
-    prefix = prefixes[encoder == "target"]
-    state = {} if prefix is None else part_of(found, prefix)
-    state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
-    check(any(stem in state for stem in STEMS), f"--encoder target: {path} ({title}) has none; "
-          "give a run's folder or its backbone_target.pth, or leave it out")
-    if "conv1.weight" not in state:
-        for pattern, name in VIT_NAMES.items():
-            state = {re.sub(pattern, name, k): v for k, v in state.items()}
-    elif state["conv1.weight"].shape[-1] == 3:
-        check("solo-learn" not in title, f"{path}: solo-learn pads a 3 x 3 first convolution by 2, "
-              "others by 1, and the file does not tell; if by 1, take 'backbone.' off its names")
-    return state, title
+def flatten(found, prefix=""):
+    """The tensors of nested dicts, by their names joined with dots."""
+    flat = {}
+    for name, x in found.items():
+        if isinstance(x, dict):
+            flat |= flatten(x, f"{prefix}{name}.")
+        elif torch.is_tensor(x):
+            flat[f"{prefix}{name}"] = x
+    return flat
 
 
 def part_of(state, prefix):
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
+def of_run(args, run, path):
+    """The backbone that the script of a run builds from run, its args.json."""
+    method = str(run.get("method"))
+    script = Path(__file__).parent / f"{method}.py"
+    check(method.isidentifier() and script.is_file() and run.get("format") == 3, f"{path} is of "
+          f"another version of these scripts, or {script.name} is not beside linear_probe.py; put "
+          "it there, or use the backbone.pth alone, in another folder")
+    try:
+        both = importlib.import_module(method).Method(SimpleNamespace(**run))
+        return getattr(both, args.encoder).backbone
+    except (AttributeError, KeyError, TypeError, ValueError) as e:  # other flags than the script's
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        check(False, f"{path}: its flags build no network ({reason})")
+
+
+def find_backbone(found, encoder, path):
+    """What stands before the names of the encoder's backbone in a file, and its tensors, without
+    heads, in torchvision's names."""
+    flat, prefixes = flatten(found), {}
+    for first, second in MARKS:
+        for name in flat:
+            prefix = name.removesuffix(first)
+            if name == prefix + first and prefix + second in flat:
+                prefixes.setdefault(flat[name].data_ptr(), prefix)  # shared by modules: once
+    held = list(prefixes.values())
+    check(held, f"{path} holds no backbone, but {', '.join([*flat, *map(str, found)][:4])}; give a "
+          "run's folder, or a file with a ResNet or ViT in torchvision's or timm's names")
+    prefix = [p for p in held if bool(TARGET.search(p)) == (encoder == "target")]
+    check(len(prefix) == 1, f"{path} holds {len(prefix)} backbones for --encoder {encoder}, of "
+          f"{', '.join(f'{p}*' for p in held)}; choose the other encoder, or keep only one")
+
+    state = part_of(flat, prefix[0])
+    state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
+    for pattern, name in RENAME.items():
+        state = {re.sub(pattern, name, k): v for k, v in state.items()}
+    solo = "backbone." in prefix[0] and any(k.endswith("classifier.weight") for k in flat)
+    check(not solo or "conv1.weight" not in state or state["conv1.weight"].shape[-1] != 3,
+          f"{path}: solo-learn pads a 3 x 3 first convolution by 2, others by 1, and the file does "
+          "not tell; if by 1, take its classifier out")
+    return prefix[0], state
+
+
 def of_others(args, state):
-    """As of_run(), of the architecture whose tensors differ least from state's."""
-    if "conv1.weight" in state:
+    """A network with the architecture whose tensors differ least from state's; arch; pixels."""
+    positions = state.get("encoder.pos_embedding")  # a ViT's
+    if positions is None:
         size = 224 if state["conv1.weight"].shape[-1] == 7 else 32
         archs = ["resnet50", "resnet18", *resnet.ARCHS]  # the likeliest first
         build = lambda arch: resnet.build(arch, size, nn.BatchNorm2d)[0]
     else:
-        mocov3, positions = importlib.import_module("mocov3_asym"), state["encoder.pos_embedding"]
+        mocov3 = importlib.import_module("mocov3_asym")
         size = math.isqrt(positions.shape[1] - 1) * state["conv_proj.weight"].shape[-1]
         archs, flags = mocov3.VITS, ["--img-size", str(size), "--arch"]
         build = lambda arch: mocov3.build_vit(mocov3.parse_args([*flags, arch]))[0]
 
     def shapes(tensors):  # without BN's counters of batches, which some files lack
-        names = [k for k in tensors if not k.endswith("num_batches_tracked")]
-        return {(k, tensors[k].shape) for k in names}
+        return {(k, v.shape) for k, v in tensors.items() if not k.endswith("batches_tracked")}
 
-    differences = {}
+    differ = {}
     for arch in archs:
         with torch.device("meta"):
-            differences[arch] = len(shapes(build(arch).state_dict()) ^ shapes(state))
-        if not differences[arch]:
+            differ[arch] = len(shapes(build(arch).state_dict()) ^ shapes(state))
+        if not differ[arch]:
             break
-    arch = min(differences, key=differences.get)
-    torch.manual_seed(args.seed)
+    arch = min(differ, key=differ.get)
     net = build(arch)
-    if "conv1.weight" not in state and positions[:, 0].any():  # learned; MoCo v3's are 0 there
+    if positions is not None and positions[:, 0].any():  # learned; MoCo v3's are 0 there
         check(args.img_size in (None, size), f"--img-size {args.img_size}: the positions of "
               f"{args.checkpoint} are learned, for {size} px; leave it out")
         for block in net.encoder.layers:  # DINO, torchvision: 64 channels a head; MoCo v3's S: 32
             block.self_attention.num_heads = positions.shape[2] // 64
             block.self_attention.head_dim = 64
-    return net, arch, size, False, f"nearest to {arch}"
+    return net, arch, size
 
 
 # ============================================================================== flags
 MAY_DIFFER = {  # between a probe and its continuation
-    "checkpoint", "data_root", "device", "download", "export", "nproc", "out", "overwrite",
-    "save_features", "workers"}
+    "checkpoint", "data_root", "device", "download", "export", "names", "nproc", "out", "overwrite",
+    "save_features", "torch", "workers"}
 
 
 def parse_args(argv=None):
@@ -536,7 +495,7 @@ def parse_args(argv=None):
     flag("--export", metavar="FILE", help="write the backbone in torchvision's names, and exit")
     flag("--save-features", metavar="FILE.npz", help="write features, labels and file names")
 
-    flag("--data", help=f"{', '.join(data.NAMES)}, one of Table 4, FILE.npz or a folder")
+    flag("--data", help=f"{', '.join(data.NAMES)}, FILE.npz or a folder; default: the run's")
     flag("--transfer", nargs="+", choices=["all", *TRANSFER], metavar="NAME",
          help=f"rows of Table 4, beside the paper's results: all, or of {', '.join(TRANSFER)}")
     flag("--data-root", default="data", metavar="DIR", help="where data sets are, or go")
@@ -547,10 +506,8 @@ def parse_args(argv=None):
     flag("--lr-sweep", type=amount, nargs="*", metavar="LR", help="choose; default: LR_SWEEP")
     flag("--batch-size", type=positive, help="lars, sgd: images per step, of all processes")
     flag("--epochs", type=positive, help="lars, sgd: length of training")
-    flag("--schedule", choices=("cosine", "step"), help="step: MoCo's, a tenth at 60 and 80 %%")
     flag("--cache-features", action="store_true", help="lars, sgd: on features of centre crops")
-    flag("--cache-views", type=positive, metavar="K", help="lars, sgd: on those of K random crops")
-    flag("--max-iter", type=positive, default=100, help="lbfgs: iterations per l2; at the end x 10")
+    flag("--max-iter", type=positive, default=200, help="lbfgs: iterations per l2; at the end x 10")
     flag("--knn-k", type=positive, nargs="+", default=[200, 20], metavar="K", help="neighbours")
 
     flag("--out", help="default: runs/linear_probe-RUN-FLAGS; the same command again resumes")
@@ -565,8 +522,8 @@ def parse_args(argv=None):
     check(args.lr is None or args.lr_sweep is None, "--lr and --lr-sweep exclude each other")
     if args.out is None:
         path = Path(args.checkpoint).resolve()
-        ours = path.stem in ("last", "backbone", "backbone_target")
-        args.out = f"runs/linear_probe-{path.parent.name + '-' if ours else ''}{path.stem}"
+        parts = [path.parent.name, path.stem] if path.is_file() else [path.name]
+        args.out = "runs/linear_probe-" + "-".join(parts)
         for name, value in vars(args).items():
             if value != p.get_default(name) and name not in MAY_DIFFER:
                 value = "_".join(map(str, value)) if isinstance(value, list) else value
@@ -575,10 +532,9 @@ def parse_args(argv=None):
 
 
 def resolve(args, tasks):
-    """What depends on the data: the protocol, and its numbers. tasks: see load_tasks()."""
-    images = next(iter(tasks.values()))[1]
-    transfer = args.transfer or args.data in TRANSFER
-    large = images.pixels is None and len(images) >= 100_000 and not transfer
+    """What depends on the data: the protocol, and its numbers."""
+    images = next(iter(tasks.values())).images
+    large = images.pixels is None and len(images) >= 100_000 and not args.transfer
     args.protocol = args.protocol or ("lars" if large else "lbfgs")
     for name, value in PROTOCOLS[args.protocol].items():
         if getattr(args, name) is None:
@@ -588,13 +544,13 @@ def resolve(args, tasks):
           "learning rate; add --protocol lars or sgd to --lr and --lr-sweep")
     if args.lr_sweep == []:
         args.lr_sweep = LR_SWEEP[args.protocol]
-    args.stores = not gradient or bool(args.cache_features or args.cache_views or transfer)
+    args.stores = not gradient or args.cache_features or bool(args.transfer)
 
-    check(not args.save_features or len(tasks) == 1 and args.stores and not args.cache_views,
+    check(not args.save_features or len(tasks) == 1 and args.stores,
           "--save-features is of the centre crops of one data set: use --protocol lbfgs or knn")
     check(not gradient or args.batch_size % world_size() == 0,
-          f"--batch-size {args.batch_size} does not divide among {world_size()} processes")
-    for name, (task, *_) in tasks.items():
+          f"--batch-size {args.batch_size} is no multiple of {world_size()}, the processes")
+    for name, task in tasks.items():
         n, k = len(task.rest if args.lr_sweep else task.labels), args.knn_k[0]
         check(not gradient or args.batch_size <= n,
               f"--batch-size {args.batch_size}: {name} has {n} images to learn; use less")
@@ -603,132 +559,59 @@ def resolve(args, tasks):
 
 
 # ============================================================================== the run
-def open_run(args, about):
-    """Continues the probe in --out if it is this one, or starts one. Returns its results so far."""
-    out = Path(args.out)
-    ours, result = out / "args.json", out / "result.json"
-    anew = args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    old = json.loads(ours.read_text()) if ours.exists() else about
-    check("backbone" in old, f"--out {out} holds no probe, but another run; use another")
-    differ = []
-    for part in () if anew else ("args", "backbone"):
-        for name, value in about[part].items():
-            if name not in MAY_DIFFER and old[part].get(name) != value:
-                differ.append(f"{name} {old[part].get(name)} there, {value} here")
-    check(not differ, f"--out {out} holds another probe ({', '.join(differ)}); use another, or "
-          "--overwrite")
-    kept = result.exists() and not anew
-    results = json.loads(result.read_text())["results"] if kept else {}
-    barrier()  # all have looked
-
-    if rank() == 0 and (anew or not ours.exists()):
-        out.mkdir(parents=True, exist_ok=True)
-        for path in (result, out / "log.jsonl", *out.glob("*.pt")):
-            path.unlink(missing_ok=True)
-        log(args, {"command": sys.argv, **about}, show=False)
-        save(args, "args.json", json.dumps(about, indent=1))
-    barrier()
-    return results
-
-
-def file_of(what, task):
-    return f"{what}-{Path(task.name).name}.pt"
-
-
-def load(args, name):
-    path = Path(args.out, name)
-    return read(path) if path.exists() else None
-
-
-def save(args, name, content):
-    """Rank 0 writes aside, then renames: there is the old file or the new one, never half of it.
-    The lines logged since the last file are written just before, so that none is there twice."""
-    if rank() == 0:
-        aside = Path(args.out, name + ".tmp")
-        aside.write_text(content) if isinstance(content, str) else torch.save(content, aside)
-        with open(Path(args.out, "log.jsonl"), "a") as f:
-            f.writelines(args.lines)
-        os.replace(aside, Path(args.out, name))
-    args.lines.clear()
-
-
-def log(args, entry, show=True):
-    """A line for log.jsonl, and on the terminal."""
-    args.lines.append(json.dumps(entry) + "\n")
-    if show:
-        say("  " + "  ".join(f"{k} {brief(v)}" for k, v in entry.items()))
-
-
-def brief(value):
-    if isinstance(value, list | tuple):
-        return " ".join(map(brief, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def work(args):
     """All that one process does."""
     for number in SIGNALS:  # what is done is saved: it may end anywhere
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     args.device, data.Images.unreadable = join_processes(args), 0
-    net, about = load_backbone(args)
-    if args.export and rank() == 0:
+    net, backbone = load_backbone(args)
+    if not args.export:
+        probe(args, net, backbone)
+    elif rank() == 0:
         torch.save({k: v.cpu() for k, v in net.backbone.state_dict().items()}, args.export)
-        say(f"{args.export}: {about['arch']}, {about['of']} tensors of {args.checkpoint}")
-    if not args.export or args.data or args.transfer or args.protocol or args.save_features:
-        try:
-            probe(args, net, about)
-        except data.DataError as e:  # a loader worker's comes with its traceback
-            check(False, str(e).splitlines()[-1].split("DataError: ")[-1])
+        say(f"{args.export}: {backbone['arch']}, {backbone['names']} of {args.checkpoint}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def probe(args, net, backbone):
     """Measures the network on each data set, and reports."""
-    args.data = args.data or (None if args.transfer else backbone["data"])
+    args.data = args.data or (None if args.transfer else backbone["trained_on"])
     check(args.data or args.transfer, f"{args.checkpoint} does not say on what: add --data")
     if args.download and rank() == 0:  # alone, and before the others look
         load_tasks(args, download=True)
     barrier()
     tasks, absent = load_tasks(args)
     resolve(args, tasks)
-    about = {"args": vars(args), "backbone": backbone, "torch": torch.__version__}
-    about, args.lines = json.loads(json.dumps(about, default=str)), []  # about: as in the file
+    about = {**vars(args), **backbone, "torch": torch.__version__}
+    about = json.loads(json.dumps(about, default=str))  # as in the file
     results = open_run(args, about)
 
-    told = ", ".join(f"{k} {brief(v)}" for k, v in backbone.items() if v is not None)
-    told = told.replace(", of ", " of ")  # loaded 60 of 60 tensors
-    say(f"{args.checkpoint}, {args.encoder} encoder{', UNTRAINED' * args.untrained}: {told}\n"
-        f"  protocol {args.protocol} on {'stored features' if args.stores else 'crops'}; output: "
-        f"{args.out}")
+    say(f"{args.checkpoint}, {args.encoder} encoder{', UNTRAINED' * args.untrained}: "
+        f"{listed(backbone)}\n  protocol {args.protocol} on "
+        f"{'stored features' if args.stores else 'crops'}; output: {args.out}")
     for lr in args.lr_sweep or [args.lr] if args.protocol in LR_SWEEP else ():
         say(f"  lr {lr:g} x {args.batch_size}/256 = {lr * args.batch_size / 256:g}")
-    before = {k: v.clone() for k, v in net.state_dict().items()}
     for name in [name for name in tasks if name not in results]:
-        results[name] = measure(args, net, *tasks[name])
-        moved = [k for k, v in net.state_dict().items() if not v.equal(before[k])]
-        check(not moved, f"frozen tensors have moved, so the result is void: {', '.join(moved)}")
+        results[name] = measure(args, net, tasks[name])
         save(args, "result.json", json.dumps({**about, "results": results}, indent=1))
     report(args, results, absent)
 
 
-def measure(args, net, task, images, test_images):
+def measure(args, net, task):
     """A data set's result, as result.json has it."""
-    transfer = task.name in TRANSFER
-    task.test_x = encode(args, net, test_images, transfer)
+    task.test_x = encode(args, net, task.test_images)
     if args.stores:
-        views = range(args.cache_views) if args.cache_views else [None]
-        task.x = torch.stack([encode(args, net, images, transfer, view) for view in views])
+        task.x = encode(args, net, task.images)
     if args.lr_sweep:
-        task.held_x = encode(args, net, images[task.held], transfer)
-    say(f"{task.name}: {len(images)} training images, {len(test_images)} test, {task.classes} "
-        f"classes\n  features: norm {task.test_x.norm(dim=1).mean():.4g}, standard deviation per "
-        f"channel {task.test_x.std(0).mean():.4g}")
-    known = [x for x in (task.x, task.held_x, task.test_x) if x is not None]
-    check(all(x.isfinite().all() for x in known), f"the features of {task.name} are not finite; "
-          "are the network's weights, --mean and --std right?")
+        task.held_x = encode(args, net, task.images[task.held])
+    say(f"{task.name}: {len(task.labels)} training images, {len(task.test_labels)} test, "
+        f"{task.classes} classes\n  features: norm {task.test_x.norm(dim=1).mean():.4g}, standard "
+        f"deviation per channel {task.test_x.std(0).mean():.4g}")
+    check(task.test_x.isfinite().all() and (task.x is None or task.x.isfinite().all()), "the "
+          f"features of {task.name} are not finite; are the weights, --mean and --std right?")
     if args.save_features and rank() == 0:
-        save_features(args.save_features, task, images, test_images)
+        save_features(args.save_features, task)
 
     votes, rule = {}, "lr search" if args.lr_sweep else "fixed"
     if args.protocol in ("knn", "lbfgs") and task.labels.ndim == 1:
@@ -738,44 +621,89 @@ def measure(args, net, task, images, test_images):
         found = {"value": votes[k], "chosen": {"k": k}}
     elif args.protocol == "lbfgs":
         found, rule = lbfgs_probe(args, task), "l2 search"
-    elif args.stores:
-        found = gradient_probe(args, task, partial(stored, args, task.x))
     else:
-        found = gradient_probe(args, task, partial(fresh, args, net, images))
+        found = gradient_probe(args, net, task)
     return {"metric": task.metric, **found, "protocol": args.protocol, "rule": rule,
             "train": len(task.labels), "held_out": 0 if rule == "fixed" else len(task.held),
             "test": len(task.test_labels), "knn": votes}
 
 
-def save_features(file, task, images, test_images):
+def save_features(file, task):
     """Writes NumPy arrays: train_x (n, d) and test_x, float32, train_labels and test_labels,
     train_names and test_names, of files, "" where images are not files."""
-    arrays = {"train_x": task.x[0].float(), "train_labels": task.labels,
-              "test_x": task.test_x.float(), "test_labels": task.test_labels}
-    for part, of in (("train", images), ("test", test_images)):
-        paths = [b""] * len(of) if of.paths is None else of.paths
-        arrays[f"{part}_names"] = np.array([os.fsdecode(path) for path in paths])
+    arrays, test = {}, ("test", task.test_images, task.test_x)
+    for part, images, x in (("train", task.images, task.x), test):
+        paths = [b""] * len(images) if images.paths is None else images.paths
+        arrays |= {f"{part}_x": x.float(), f"{part}_labels": images.labels,
+                   f"{part}_names": np.array([os.fsdecode(path) for path in paths])}
     np.savez(file, **arrays)
     say(f"  written to {file}")
 
 
 def report(args, results, absent):
+    """A line for each data set; of Table 4, the table."""
     for name, r in results.items():
-        chosen = " ".join(f"{k} {brief(v)}" for k, v in r["chosen"].items())
         held = f", on {r['held_out']} held-out training images" if r["held_out"] else ""
         votes = "".join(f"; kNN k={k}: {v:.1%}" for k, v in r["knn"].items())
         say(f"{name}: {r['metric']} {r['value']:.1%} of {r['test']} test images; {r['protocol']}, "
-            f"{chosen} ({r['rule']}{held}){votes}")
+            f"{listed(r['chosen'])} ({r['rule']}{held}){votes}")
     if args.transfer:
-        rule = next(iter(results.values()))["rule"]
-        say(f"\n{'':12s}{'paper':>6s} {'here':>6s}   in %; {args.protocol}, {rule} (the paper: lr "
-            "search)")
+        say(f"\n{'':12s} paper   here   in %; {args.protocol}, {r['rule']} (the paper: lr search)")
         for name, t in TRANSFER.items():
             here = f"{100 * results[name]['value']:.1f}" if name in results else "-"
-            note = f"; {absent[name]}" if name in absent else ""
-            note += "; the paper's figure is another metric" if name == "voc2007" else ""
+            note = "; the paper's is probably another" if name == "voc2007" else ""
+            note += f"; {absent[name]}" if name in absent else ""
             say(f"{t.title:12s}{t.paper:6.1f} {here:>6s}   {t.metric}{note}")
     say(f"written to {args.out}/result.json")
+
+
+def open_run(args, about):
+    """Continues the probe in --out if it is this one, or starts one. Returns its results so far."""
+    out, file = Path(args.out), Path(args.out, "result.json")
+    anew = args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    check(not (out / "args.json").exists(), f"--out {out} holds no probe, but a run; use another")
+    old = json.loads(file.read_text()) if file.exists() and not anew else {**about, "results": {}}
+    differ = [f"{name} {old.get(name)} there, {value} here" for name, value in about.items()
+              if name not in MAY_DIFFER and old.get(name) != value]
+    check(not differ, f"--out {out} holds another probe ({', '.join(differ)}); use another, or "
+          "--overwrite")
+    barrier()  # all have looked
+
+    if rank() == 0 and (anew or not file.exists()):
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (out / "log.jsonl", *out.glob("search-*.pt"), *out.glob("final-*.pt")):
+            path.unlink(missing_ok=True)
+        save(args, "result.json", json.dumps(old, indent=1))
+        log(args, {"command": sys.argv, **about}, show=False)
+    barrier()
+    return old["results"]
+
+
+def save(args, name, content):
+    """Rank 0 writes aside, then renames: there is the old file or the new one, never half of it."""
+    aside = Path(args.out, name + ".tmp")
+    if rank() == 0:
+        aside.write_text(content) if isinstance(content, str) else torch.save(content, aside)
+        os.replace(aside, Path(args.out, name))
+
+
+def log(args, entry, show=True):
+    """A line in log.jsonl, and on the terminal."""
+    if rank() == 0:
+        with open(Path(args.out, "log.jsonl"), "a") as f:
+            f.write(json.dumps(entry) + "\n")
+    if show:
+        say("  " + listed(entry))
+
+
+def listed(entry):
+    """Names and values of a dict, in a line."""
+    def brief(value):
+        if isinstance(value, list | tuple):
+            return " ".join(map(brief, value))
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return "  ".join(f"{k} {brief(v)}" for k, v in entry.items() if v is not None)
 
 
 def main(argv=None):

@@ -1,4 +1,5 @@
-"""Table 4's data sets. A loader, of (root, download), yields Images: train, val if any, test."""
+"""Table 4's data sets, and its metrics. A loader, of (root, download), yields Images: train, val if
+any, test."""
 
 import os
 from collections import namedtuple
@@ -63,6 +64,35 @@ def caltech101(root, download):
     rows = [r[torch.randperm(len(r), generator=rng("caltech101", c))] for c, r in enumerate(rows)]
     for part in (slice(25), slice(25, 30), slice(30, None)):
         yield images[torch.cat([r[part] for r in rows])]
+
+
+def top1(logits, labels):
+    """Share of images (n, c), (n,) whose largest logit is right."""
+    return (logits.argmax(1) == labels).float().mean().item()
+
+
+def mean_per_class(logits, labels):
+    """Mean over the classes of the share of a class's images that are right."""
+    right = (logits.argmax(1) == labels).float()
+    return torch.stack([right[labels == c].mean() for c in labels.unique()]).mean().item()
+
+
+def map11(logits, labels):
+    """VOC 2007's mean average precision. For each class, at the recalls 0, 0.1, ..., 1 the best
+    precision at that recall or more; the mean of these 11. Labels (n, c): see losses()."""
+    means = []
+    for score, label in zip(logits.T, labels.T, strict=True):
+        known = label >= 0
+        order = score[known].argsort(descending=True, stable=True)
+        hits = label[known][order].cumsum(0).double()
+        if len(hits) and hits[-1] > 0:  # a class that occurs
+            recall, precision = hits / hits[-1], hits / torch.arange(1, len(hits) + 1)
+            best = [precision[recall >= t / 10].max().item() for t in range(11)]
+            means.append(sum(best) / 11)
+    return sum(means) / max(1, len(means))
+
+
+METRICS = {"top-1": top1, "mean per class": mean_per_class, "11-point mAP": map11}
 
 
 # paper: its result in per cent. held_out: so many of train's images BYOL held out to choose by; 0:
