@@ -836,8 +836,9 @@ def work(args):
     model = Method(args).to(device)
     if args.init:
         weights = {k: v for k, v in load(args.init).items() if not k.startswith(("fc.", "heads."))}
-        fit(model.source.backbone, weights, args.init)
-        fit(model.target.backbone, weights, args.init)
+        what = f"--init {args.init} (other names? linear_probe.py {args.init} --export FILE)"
+        fit(model.source.backbone, weights, what)
+        fit(model.target.backbone, weights, what)
 
     millions = [sum(t.numel() for t in tensors) / 1e6 for tensors in (
         model.source.backbone.parameters(), model.parameters(), model.buffers())]

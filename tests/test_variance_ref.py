@@ -171,6 +171,9 @@ def measured(*argv):
         torch.set_default_dtype(torch.float)
 
 
+@pytest.mark.parametrize("run", ["mocov2_asym", "byol_asym", *(  # groups, one group, the others
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in SCRIPTS if name not in ("mocov2_asym", "byol_asym"))], indirect=True)
 def test_processes_do_not_change_the_result(pool, run, tmp_path):
     """Of images in memory; MoCo v2's are decoded at each step."""
     sizes = (20, 24, 25, 31) if run.name == "mocov2_asym" else (24,)

@@ -8,38 +8,36 @@ last one, the rival at zero. "differ": the largest difference between the accura
 
 import argparse
 import time
-from functools import partial
 from types import SimpleNamespace
 
 import torch
 from bench import compare, machine, measure, table
 
 import linear_probe as probe
-from common import data, resnet
+from common import data, resnet, transfer
 
 LRS = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]
 
 
 # a probe that writes nothing
-probe.load = probe.save = probe.log = lambda *args, **more: None
+probe.save = probe.log = lambda *args, **more: None
 
 
 def sweep(n, epochs, repeats):
     """The demo recipe's network as initialised, on n demo images of 32 px: the least that a pass can cost."""
-    args = SimpleNamespace(protocol="sgd", batch_size=64, epochs=epochs, schedule="cosine", seed=0, workers=0,
-                           device=torch.device("cpu"))
+    args = SimpleNamespace(protocol="sgd", batch_size=64, epochs=epochs, seed=0, workers=0,
+                           device=torch.device("cpu"), transfer=None, out="nowhere")
     images, _, test = data.load("demo")
     images, test = images[range(n)], test[range(256)]
     torch.manual_seed(0)
     backbone, _ = resnet.build("tiny", 32, torch.nn.BatchNorm2d)
-    net = probe.Frozen(backbone, 32, False, *data.HALF)
-    task = SimpleNamespace(name="demo", metric="top-1", classes=10, labels=images.labels, x=None)
-    test_x = probe.encode(args, net, test, False)
-    features = partial(probe.fresh, args, net, images)
+    net = probe.Frozen(backbone, 32, *data.HALF)
+    task = SimpleNamespace(name="demo", metric="top-1", classes=10, images=images, labels=images.labels, x=None,
+                           test_x=probe.encode(args, net, test), test_labels=test.labels)
     found = {}
 
     def train(lrs):
-        return probe.train(args, task, features, "search", lrs, torch.arange(n), test_x, test.labels)
+        return probe.train(args, net, task, "final", lrs)
 
     def ten_runs():
         found["rival"] = {lr: train([lr])[lr] for lr in LRS}
@@ -64,7 +62,7 @@ def l2(n, d, repeats):
         fit, found[name] = None, []
         for strength in probe.L2_SWEEP:
             fit = probe.fit_l2(x, labels, 10, strength, fit if warm else None, 100)
-            found[name].append(probe.top1(fit.predict(held), held_labels))
+            found[name].append(transfer.top1(fit.predict(held), held_labels))
 
     work = {"rival": lambda: fits("rival", False), "ours": lambda: fits("ours", True)}
     cells = compare(measure(work, repeats), 1, unit=1)
