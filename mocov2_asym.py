@@ -51,7 +51,7 @@ RECIPES = {
     # flag           imagenet     small        demo         meaning
     "arch":          ("resnet50", "resnet18",  "tiny",      "any torchvision resnet, or tiny"),
     "img_size":      (224,        32,          32,          "pixels; up to 64: the CIFAR stem"),
-    "epochs":        (100,        200,         8,           "length of training and schedules"),
+    "epochs":        (100,        200,         10,          "length of training and schedules"),
     "batch_size":    (256,        512,         64,          "images per step, of all processes"),
     "lr":            (0.03,       0.03,        0.48,        "learning rate per 256 images"),
     "wd":            (1e-4,       5e-4,        1e-4,        "weight decay"),
