@@ -284,7 +284,9 @@ def plot_designs(results, path):
         right = 0.0
         for i, name in enumerate(["baseline", *names]):
             v = torch.tensor(results[name]["v_i"]).sort().values * 1e4
-            axis.plot(v, torch.linspace(0, 1, len(v)), f"C{i}", label=f"{name} {v.mean():.2f}")
+            paper = DESIGNS[name][2] if name in DESIGNS else None
+            label = f"{name} {v.mean():.2f}" + f" (paper: {paper})" * bool(paper)
+            axis.plot(v, torch.linspace(0, 1, len(v)), f"C{i}", label=label)
             axis.axvline(v.mean().item(), color=f"C{i}", linestyle=":")
             right = max(right, v.quantile(0.995).item())
         axis.set(title=title, xlabel="intra-image variance (1e-4)", xlim=(0, right), ylim=(0, 1))
@@ -348,10 +350,7 @@ def work(args):
     """All that one process does: the table, variance.json and the figure."""
     script, run, weights = open_checkpoint(args)
     device = script.join_processes(args)
-    try:
-        images = [x for x in data.load(run.data, run.data_root) if x is not None][-1]
-    except data.DataError as e:
-        check(False, e)
+    images = [x for x in data.load(run.data, run.data_root) if x is not None][-1]
     images.stats = run.mean, run.std
     images.report(images.bad if script.rank() == 0 else ())
     if args.images:
