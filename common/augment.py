@@ -209,7 +209,8 @@ def sharpen(x, factor):
 
 OPS = {  # the function, and its settings at magnitude m and s = m times sign, both (n,)
     "AutoContrast": (lambda x, m: TF.autocontrast(x), lambda m, s: [m]),
-    "Equalize": (lambda x, m: TF.equalize((x * 255).round().byte()).to(x) / 255, lambda m, s: [m]),
+    "Equalize": (lambda x, m: TF.equalize((x * 255).round().byte()).to(x.dtype) / 255,
+                 lambda m, s: [m]),
     "Invert": (lambda x, m: 1 - x, lambda m, s: [m]),
     "Rotate": (affine, lambda m, s: [(a := math.radians(30) * s).cos(), a.sin(), 0,
                                      -a.sin(), a.cos(), 0]),
@@ -328,6 +329,8 @@ def make_views(plan, crops, total, generator, stats, part):
             boxes.append(scalemix_boxes(total, view.size, generator)[part])
             draws[view.size].append(draw(view.recipe, total, generator))
 
+    if not plan[0][0][0].recipe.normalize:
+        stats = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     for size, several in draws.items():  # in one batch: a GPU starts each operation once
         x = torch.cat([x for x in crops if x.shape[3] == size])
         params = {k: torch.cat([p[k][part] for p in several]) for k in several[0]}
