@@ -153,8 +153,9 @@ def lbfgs_probe(args, task):
     final = fit_l2(x, labels, task.classes, l2, fits[l2], 10 * args.max_iter)
     short = [f"{l2:.2g}" for l2, fitted in fits.items() if not fitted.solved]
     if short or not final.solved:
-        say(f"warning: L-BFGS stopped before the optimum at l2 {' '.join(short)}"
-            f"{', and at the end' * (not final.solved)}; raise --max-iter {args.max_iter}")
+        say(f"warning: {len(short)} of {len(fits)} fits stopped before the optimum, from l2 "
+            f"{' '.join(short[:1])} on; the one at the end did{' not' * (not final.solved)} reach "
+            f"it; --max-iter {args.max_iter} is the limit")
     value = grade(task, final.predict, task.test_x.to(device).double(), task.test_labels)
     return {"value": value, "chosen": {"l2": l2}, "scores": scores, "unsolved": short}
 
