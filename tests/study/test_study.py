@@ -329,7 +329,7 @@ def test_one_run(tmp_path, monkeypatch):
     assert 0 <= line["linear"] <= 100 and log[0]["small_size"] == 8 and log[0]["seed"] == 1
     assert line["commit"] is None or re.fullmatch("[0-9a-f]{7,}(-dirty)?", line["commit"])
     monkeypatch.setitem(tables.RECIPES, "micro", ("--recipe demo --img-size 16 --batch-size 9", 1, ""))
-    with pytest.raises(study.Failed, match="this command failed, exit code 2(.|\n)*--batch-size 9 does not divide"):
+    with pytest.raises(study.Failed, match="this command failed, exit code 2(.|\n)*--batch-size 9 is no multiple of"):
         study.train(cell, 2, args, run)
 
 
