@@ -48,7 +48,7 @@ from common.augment import View, rng
 from common.lars import LARS
 
 # imagenet is the original's for 100 epochs. small and demo are our choice.
-ARCHS = dict.fromkeys(resnet.ARCHS, {})  # for each, the rows of RECIPES that it changes: none
+ARCHS = dict.fromkeys(resnet.ARCHS, {})  # for each, its own rows of RECIPES: none
 RECIPES = {
     # flag           imagenet     small        demo         meaning
     "arch":          ("resnet50", "resnet18",  "tiny",      "any torchvision resnet, or tiny"),
@@ -192,7 +192,7 @@ class Encoder(nn.Module):
         return encodings
 
     def encode(self, views, parts, shuffle, track):
-        """Encodings (v, n, d) of v views (n, 3, s, s). parts: so many that do not meet in BN."""
+        """Encodings (v, n, d) of v views (n, 3, s, s). parts: BN sees so many parts, each apart."""
         x = torch.cat(views)  # view k of image i at k n + i
         if shuffle is not None:  # among the images of all processes, each part by itself
             size = len(x) * world_size() // parts
@@ -200,7 +200,7 @@ class Encoder(nn.Module):
             order = torch.cat(orders).to(x.device, non_blocking=True)
             x = gather(x)[order[mine()]]
 
-        # row i parts + k has part k
+        # as BatchNorm expects it: row i parts + k is of part k
         x = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)
         norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
         for bn in norms:
@@ -209,7 +209,7 @@ class Encoder(nn.Module):
             z = self.projector(self.backbone(x)).to(torch.get_default_dtype())
         for bn in norms:
             bn.parts, bn.track = 1, True
-        z = z.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)  # as before
+        z = z.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)  # and back
 
         if shuffle is not None:
             z = gather(z)[order.argsort()[mine()]]  # argsort inverts a permutation
@@ -255,7 +255,7 @@ class SyncNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, weight, bias, training, momentum, eps):
-        # for its statistics alone; these weights make them float32 where x is bf16
+        # for its statistics alone; a weight and bias of float32 make them float32 if x is bf16
         one, zero = torch.ones_like(running_mean), torch.zeros_like(running_mean)
         _, mean, invstd = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, eps)
         means, variances = gather(torch.stack([mean, invstd**-2 - eps])[None]).unbind(1)
@@ -354,10 +354,10 @@ def plan_views(args):
     plan = []
     for base, (aug, mix, n, multicrop) in zip(augmentations(args), (src, tgt), strict=True):
         recipe = change[aug](base)  # AsymAug (Sec. 4.3)
-        if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":  # which has its own
+        if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":  # weak() sets its own
             recipe = replace(recipe, scale=tuple(args.large_scale))
         bags = [[View(recipe, args.img_size, mix)] * n]  # ScaleMix (Sec. 4.2), MeanEnc (Sec. 4.5)
-        if multicrop:  # MultiCrop (Sec. 4.1)
+        if multicrop:  # MultiCrop (Sec. 4.1); AsymAug leaves its small crops alone
             small = replace(base, scale=tuple(args.small_scale))
             bags += [[View(small, args.small_size)]] * args.num_small
         plan.append(bags)
@@ -480,7 +480,7 @@ def parse_args(argv=None):
     flag("--dry-run", action="store_true", help="print sizes, steps and learning rate, and exit")
     args = p.parse_args(argv)
 
-    if args.out is None:
+    if args.out is None:  # before the recipe's defaults: it names the flags that were given
         args.out = f"runs/{METHOD}-{Path(args.data).resolve().name}"
         for name, value in sorted(vars(args).items()):
             if value != p.get_default(name) and name not in MAY_DIFFER:
@@ -529,10 +529,10 @@ def check_launch(args):
         args.workers = min(8, max(1, CORES // here))
 
 
-def check(good, message):
-    """Ends the program with one line in place of a traceback, from one process of each node."""
+def check(good, message, alone=False):
+    """Ends the program with one line, without a traceback: once a node, or from who is alone."""
     if not good:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2)
 
@@ -564,7 +564,7 @@ def train(args, about, model, sets, device):
     since, waited, logged = time.time(), 0.0, first
     asked = since
 
-    # the loop alone holds the views' loader: no exit waits for its workers
+    # keep no other reference to views(): every exit would wait for its workers
     for step, ((src, tgt), generator) in enumerate(views(args, sets[0], batches, device), first):
         waited += time.time() - asked
         torch.manual_seed(rng(args.seed, "step", step, rank()).initial_seed())  # for dropout, say
@@ -664,7 +664,7 @@ def variances(args, model, images, device):
     chosen = torch.randperm(len(images), generator=rng(args.seed, "twice"))[:total]
     orders = [torch.randperm(total, generator=rng(args.seed, "mates", t)) for t in range(2)]
     rows = chosen[torch.cat(orders)].split(n)  # all in one order, then all in the other
-    batches = [(f"variance {i}", part) for i, part in enumerate(rows)]  # its name seeds its draws
+    batches = [(f"variance {i}", part) for i, part in enumerate(rows)]  # named, not numbered
 
     z_src, z_tgt = [], []  # (N, views, d) for each batch
     for (src, tgt), generator in views(args, images, batches, device):
@@ -716,8 +716,7 @@ def resume(args, about, model, optimizer):
         check(not differ, f"--out {out} holds another run ({', '.join(differ)}); use another, or "
               "--overwrite")
         if old["code"] != about["code"]:
-            say(f"note: {script.name} or common/ is not the code that began {out}; --overwrite "
-                "starts anew")
+            say(f"note: {script.name} or common/ changed since {out} began; --overwrite: anew")
             about["code"] = old["code"]
         fit(model, state["model"], last)
         optimizer.load_state_dict(state["optimizer"])
@@ -733,6 +732,12 @@ def resume(args, about, model, optimizer):
             Path(out, "args.json").write_text(json.dumps(about, indent=1))
             Path(out, script.name).write_bytes(script.read_bytes())
     return step
+
+
+def code_digest():
+    """Of this script and common/: by it a run knows whether its code has changed."""
+    paths = [Path(__file__), *sorted(Path(data.__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def save(args, about, step, model, optimizer):
@@ -806,7 +811,7 @@ def guarded(work, args):
     try:
         return work(args)
     except data.DataError as e:
-        check(False, str(e).splitlines()[-1])
+        check(False, str(e).splitlines()[-1], alone=isinstance(e, data.LoaderError))
 
 
 def join_processes(args):
@@ -830,19 +835,17 @@ def work(args):
     if args.download and rank() == 0:  # alone, and before the others look
         data.load(args.data, args.data_root, download=True)
     barrier()
-    sets = images, _, queries = data.load(args.data, args.data_root)
-    for split in sets:
-        if split is not None and not augmentations(args)[0].normalize:
+    sets = data.load(args.data, args.data_root)
+    if not augmentations(args)[0].normalize:
+        for split in filter(None, sets):
             split.stats = data.RAW
-    if rank() == 0:
-        images.report(sorted({*images.bad, *(queries.bad if queries else ())}))
-    n, batch = len(images), args.batch_size
+    images, n, batch = sets[0], len(sets[0]), args.batch_size
+    images.report(images.bad if rank() == 0 else ())
     check(batch <= n, f"--batch-size {batch} is more than the {n} images of {args.data}; use less")
 
-    code = [Path(__file__), *sorted(Path(data.__file__).parent.glob("*.py"))]
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
-    about = {"method": METHOD, "format": 3, "code": code, "torch": torch.__version__, "images": n,
-             "names": images.names, "mean": images.stats[0], "std": images.stats[1], **vars(args)}
+    about = {"method": METHOD, "format": 3, "code": code_digest(), "torch": torch.__version__,
+             "images": n, "names": images.names, "mean": images.stats[0], "std": images.stats[1],
+             **vars(args)}
     about = json.loads(json.dumps(about))  # tuples become lists, as they do in the file
     if args.amp == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -852,17 +855,16 @@ def work(args):
     model = Method(args).to(device)
     if args.init:
         weights = {k: v for k, v in load(args.init).items() if not k.startswith(("fc.", "heads."))}
-        what = f"--init {args.init} (other names? linear_probe.py {args.init} --export FILE)"
+        what = f"--init {args.init} (other names? see linear_probe.py --export)"
         fit(model.source.backbone, weights, what)
         fit(model.target.backbone, weights, what)
 
-    millions = [sum(t.numel() for t in tensors) / 1e6 for tensors in (
-        model.source.backbone.parameters(), model.parameters(), model.buffers())]
+    millions = lambda tensors: f"{sum(t.numel() for t in tensors) / 1e6:.2f} M"
     say(f"{METHOD}, {args.recipe} recipe; {args.data}, {n} images; {args.arch}, {device}, amp "
-        f"{args.amp}\n  a backbone has {millions[0]:.2f} M parameters, all {millions[1]:.2f} M; "
-        f"{millions[2]:.2f} M numbers in buffers\n  {args.epochs} epochs of {n // batch} steps; lr "
-        f"{args.lr} x {batch}/256 = {args.peak_lr:.4g}; chance {Method.chance(args):.3f}; output: "
-        f"{args.out}")
+        f"{args.amp}\n  a backbone has {millions(model.source.backbone.parameters())} parameters, "
+        f"all {millions(model.parameters())}; {millions(model.buffers())} numbers in buffers\n"
+        f"  {args.epochs} epochs of {n // batch} steps; lr {args.lr} x {batch}/256 = "
+        f"{args.peak_lr:.4g}; chance {Method.chance(args):.3f}; output: {args.out}")
     if args.show_views and rank() == 0:
         data.show_views(args.show_views, images, plan_views(args), args.seed)
     if not (args.show_views or args.dry_run):

@@ -153,9 +153,9 @@ def lbfgs_probe(args, task):
     final = fit_l2(x, labels, task.classes, l2, fits[l2], 10 * args.max_iter)
     short = [f"{l2:.2g}" for l2, fitted in fits.items() if not fitted.solved]
     if short or not final.solved:
-        say(f"warning: {len(short)} of {len(fits)} fits stopped before the optimum, from l2 "
-            f"{' '.join(short[:1])} on; the one at the end did{' not' * (not final.solved)} reach "
-            f"it; --max-iter {args.max_iter} is the limit")
+        say(f"warning: {len(short)} of {len(fits)} fits did not converge in --max-iter "
+            f"{args.max_iter}, from l2 {' '.join(short[:1])} on; the final one did"
+            f"{' not' * (not final.solved)}")
     value = grade(task, final.predict, task.test_x.to(device).double(), task.test_labels)
     return {"value": value, "chosen": {"l2": l2}, "scores": scores, "unsolved": short}
 
@@ -408,9 +408,11 @@ def of_run(args, run, path):
     check(method.isidentifier() and script.is_file() and run.get("format") == 3, f"{path} is of "
           f"another version of these scripts, or {script.name} is not beside linear_probe.py; put "
           "it there, or use the backbone.pth alone, in another folder")
+    module = importlib.import_module(method)
+    if run.get("code") != module.code_digest():
+        say(f"note: {script.name} or common/ changed since {path} was trained")
     try:
-        both = importlib.import_module(method).Method(SimpleNamespace(**run))
-        return getattr(both, args.encoder).backbone
+        return getattr(module.Method(SimpleNamespace(**run)), args.encoder).backbone
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # other flags than the script's
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         check(False, f"{path}: its flags build no network ({reason})")

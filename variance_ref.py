@@ -73,8 +73,7 @@ def choose(names, script, run):
 
 # ============================================================================== checkpoints
 def open_checkpoint(args):
-    """Reads last.pt of any of the six scripts, or a MoCo v2 as asym-siam and moco publish it.
-    Returns the training script, its arguments for the baseline, the source's weights."""
+    """The script of a last.pt or of a published MoCo v2, its arguments, its source's weights."""
     path = Path(args.checkpoint)
     state = load(path / "last.pt" if path.is_dir() else path)
     ours = {"model", "args"} <= state.keys()
@@ -350,6 +349,8 @@ def work(args):
     """All that one process does: the table, variance.json and the figure."""
     script, run, weights = open_checkpoint(args)
     device = script.join_processes(args)
+    if getattr(run, "code", script.code_digest()) != script.code_digest():
+        say(f"note: {run.method}.py or common/ changed since {args.checkpoint} was trained")
     images = [x for x in data.load(run.data, run.data_root) if x is not None][-1]
     images.stats = run.mean, run.std
     images.report(images.bad if script.rank() == 0 else ())

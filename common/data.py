@@ -41,6 +41,10 @@ class DataError(Exception):
     """What the user can put right: the message says what was wrong, what was found, what to do."""
 
 
+class LoaderError(DataError):
+    """One met while images are loaded, perhaps by one process alone."""
+
+
 @dataclass
 class Images:
     """Images of one split."""
@@ -53,7 +57,7 @@ class Images:
     classes: tuple = ()
     stats: tuple = IMAGENET  # mean and standard deviation per channel
     left: tuple = ()  # what is left out of files and folders, in words
-    bad: tuple = ()  # paths found unreadable in loading
+    bad: tuple = ()  # paths found unreadable in loading; of those to train on, val's too
     names: str = ""  # of the set, or a digest: by it a run that continues knows its data again
 
     def __len__(self):
@@ -154,6 +158,7 @@ def load(name, root="data", download=False):
                             f"make them equal, or move {asking}/ away")
         sets, knn = (images, images, val), f"in kNN the {len(val)} of {asking} ask"
         left += val.left
+        images.bad += val.bad
     elif images.classes and len(images) >= 10:
         asks = torch.arange(len(images)) % 10 == 9
         sets, knn = (images, images[~asks], images[asks]), "in kNN every tenth asks"
@@ -416,7 +421,8 @@ class Crops(torch.utils.data.Dataset):
             top, bottom, left, right = (round(x / times) for x in (top, top + h, left, left + w))
             box = image[:, top:bottom, left:right]
             crops.append(resize(box, view.size, view.recipe.bicubic))
-        return crops, torch.tensor(row if really != row else -1)  # a number would be shared later,
+        # a tensor too: a number would be put into shared memory by a thread that hides errors
+        return crops, torch.tensor(row if really != row else -1)
 
 
 class Centres(torch.utils.data.Dataset):
@@ -503,13 +509,13 @@ def loader(dataset, workers, device, **batches):
         return (yield from torch.utils.data.DataLoader(dataset, **batches))
     except (DataError, RuntimeError) as e:  # a worker's
         why = str(e)
-        if isinstance(e, RuntimeError):
-            if "shared memory" not in why:
-                raise
+        if "shared memory" in why:
             why = ("/dev/shm is too small for the batches of loader workers; add --workers 0, "
                    "or make it larger (docker run --shm-size 16g)")
+        elif not isinstance(e, DataError):
+            raise
         e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
-    raise DataError(why)
+    raise LoaderError(why)
 
 
 def begin_worker(worker):

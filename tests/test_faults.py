@@ -52,6 +52,19 @@ def refusal(script, line, capsys):
     return said
 
 
+@pytest.mark.parametrize("kind, said", [("DataError", ""), ("LoaderError", f"{SCRIPT}: why\n")])
+def test_wrong_data_end_in_one_line_from_whom_they_met(script, capsys, monkeypatch, kind, said):
+    """All processes meet the first; the second may be one's alone, and this is not the first."""
+    def work(args):
+        raise getattr(data, kind)("where\nwhy")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("sys.argv", [f"{SCRIPT}.py"])
+    with pytest.raises(SystemExit) as e:
+        script.guarded(work, None)
+    assert e.value.code == 2 and capsys.readouterr().err == said
+
+
 # ---- signals and deaths ----
 
 
@@ -211,7 +224,7 @@ def test_changed_code_says_so_and_goes_on(script, tree, tmp_path, capsys, monkey
     monkeypatch.setattr(script, "__file__", str(tmp_path / f"{SCRIPT}.py"))
     monkeypatch.setattr(data, "__file__", str(tmp_path / "common" / "data.py"))
     out, begun = tmp_path / "run", (tmp_path / f"{SCRIPT}.py").read_bytes()
-    note = f"note: {SCRIPT}.py or common/ is not the code that began {out}"
+    note = f"note: {SCRIPT}.py or common/ changed since {out} began"
     for steps in (2, 3, 4, 5):
         script.main(argv(tree, out, f"--steps {steps}"))
         assert (note in capsys.readouterr().out) == (steps > 3)

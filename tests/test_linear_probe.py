@@ -251,7 +251,7 @@ def test_a_fit_starts_at_another_knows_no_scale_and_says_whether_it_is_solved(tm
     assert probe.fit_l2(x, labels, 3, 0.1, cold).iterations <= 5 < cold.iterations
     close(probe.fit_l2(100 * x, labels, 3, 0.1 * 100**2).w * 100, cold.w, 1e-3, 1e-4)
     close(probe.fit_l2(x.repeat(2, 1), labels.repeat(2), 3, 0.2).w, cold.w, 1e-2, 1e-3)
-    for most, words in ((100, ""), (5, "stopped before the optimum")):
+    for most, words in ((100, ""), (5, "did not converge in --max-iter 5")):
         probe.lbfgs_probe(args_of("--max-iter", most), task)
         said = capsys.readouterr().out
         assert words in said and bool(words) == bool(said), most
@@ -536,7 +536,11 @@ def test_a_runs_network_is_that_of_its_own_script(run_folder, tmp_path, monkeypa
     import mine
     monkeypatch.setitem(sys.modules, "mine", mine)
     mine.main(["--data", f"{run_folder.parent}/images", "--out", "run", *RUN])
-    assert backbone("run")[1]["dim"] == 8
+    capsys.readouterr()
+    assert backbone("run")[1]["dim"] == 8 and not capsys.readouterr().out
+    Path("mine.py").write_text(Path("mine.py").read_text() + "# changed\n")
+    backbone("run")
+    assert "note: mine.py or common/ changed since run" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "mine", mocov2_asym)  # the tiny network again
     assert '"conv1.weight"' in refuse(capsys, "run", *flags("knn"))
     Path("mine.py").unlink()
