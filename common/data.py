@@ -190,7 +190,7 @@ def splits(folder):
     folders, files = listing(folder)
     stem = {f: f.lower().rstrip("0123456789-_") for f in folders}
     if len(folders) > 1 and not {*stem.values()} & {*TRAIN, *HELD}:
-        return folder, ""
+        folders = folders[:1]  # one of a thousand classes will do
 
     filled = [f for f in folders if any(walk(os.path.join(folder, f)))]
     train = [f for f in filled if stem[f] in TRAIN]
@@ -204,7 +204,7 @@ def splits(folder):
                         "folder, or leave one train/, and beside it only val/ or test/")
     inner = os.path.join(folder, *filled[:1])
     if len(filled) == 1 and splits(inner)[0] != inner:
-        raise DataError(f"--data {folder}: {filled[0]}/ in it holds the splits; use {inner}")
+        raise DataError(f"--data {folder}: {filled[0]}/ in it has splits of its own; use {inner}")
     return folder, ""
 
 
