@@ -573,8 +573,9 @@ def train(args, about, model, sets, device):
     last = min(total, args.steps or total)
     optimizer = Method.optimizer(args, model)
     check_groups(model, optimizer)
-    first = resume(args, about, model, optimizer)
-    signals = listen()
+    first, signals = resume(args, about, model, optimizer), []
+    for signum in SIGNALS:
+        signal.signal(signum, lambda signum, frame: signals.append(signum))
     if first >= last:
         say("  complete; --overwrite repeats it")
     if first == 0 and args.knn_every:
@@ -601,8 +602,9 @@ def train(args, about, model, sets, device):
         loss.backward()
         optimizer.step()
 
-        done, stop = step + 1, any_signal(signals)
+        done = step + 1
         epochs, rest = divmod(done, per_epoch)
+        stop = gather(torch.tensor([max(signals, default=0)])).max().item()  # for all, if for one
         if done <= 10 or done % args.log_every == 0 or rest == 0 or done == last:
             seconds, steps = time.time() - since, done - logged
             entry = {"step": done, "epoch": done / per_epoch, "chance": Method.chance(args), "m": m,
@@ -635,22 +637,6 @@ def views(args, images, batches, device):
 
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # finish the step, save and exit
-
-
-def listen():
-    """A list to which the numbers of SIGNALS come that this process gets."""
-    signals = []
-    for signum in SIGNALS:
-        signal.signal(signum, lambda signum, frame: signals.append(signum))
-    return signals
-
-
-def any_signal(signals):
-    """The number of a signal that any process got, or 0; the same for all."""
-    signum = torch.tensor(max(signals, default=0))
-    if world_size() > 1:
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-    return signum.item()
 
 
 # ============================================================================== shared: monitor

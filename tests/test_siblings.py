@@ -340,7 +340,7 @@ def test_simclrs_images_stay_in_0_1_also_for_those_who_evaluate_a_run(tmp_path, 
     stats, features = [], knn.features
     monkeypatch.setattr(knn, "features", lambda net, images, *more: (
         stats.append(images.stats), features(net, images, *more))[1])
-    monkeypatch.setattr(SIMCLR, "listen", list)
+    monkeypatch.setattr(SIMCLR, "SIGNALS", ())
     flags = "--recipe small --arch tiny --img-size 16 --batch-size 16 --epochs 1 --warmup-epochs 0"
     data_and_out = f"--data {class_tree(tmp_path / 'images')} --out {tmp_path / 'out'}"
     SIMCLR.main(f"{flags} --device cpu --workers 0 {data_and_out}".split())
@@ -356,7 +356,7 @@ def test_optimisers_and_learning_rates_in_training(script, tmp_path, monkeypatch
     optimizer = script.Method.optimizer(args, model)
     optimizer.register_step_pre_hook(lambda o, *_: rates.append([g["lr"] for g in o.param_groups]))
     monkeypatch.setattr(script.Method, "optimizer", lambda args, model: optimizer)
-    monkeypatch.setattr(script, "listen", list)
+    monkeypatch.setattr(script, "SIGNALS", ())
     script.train(args, {"code": ""}, model, (small_images(48), None, None), torch.device("cpu"))
     sgd, settings = script in (MOCOV2, SIMSIAM), {"weight_decay": 0.03, "momentum": 0.9}
     settings |= {"nesterov": False, "dampening": 0} if sgd else {
