@@ -89,6 +89,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(place, script, how, number, 
     place.continues(out, how)
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_at_most_an_epoch(place, script, monkeypatch):
     """A moment: a step begins, a file is half written, is about to get its name, has it. First at
     two that lie in the first and the second epoch; then at the nth of the nth attempt, until one
@@ -126,7 +127,7 @@ def test_kill_9_at_any_moment_loses_at_most_an_epoch(place, script, monkeypatch)
     place.continues(out, "fork", flags)  # which does nothing but compare
 
 
-@pytest.mark.parametrize("how", ["--nproc 2", "torchrun"])
+@pytest.mark.parametrize("how", ["--nproc 2", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_launchers_have_the_losses_of_one_process_and_pass_signals_on(place, how):
     flags = "--epochs 100 --asym-bn"
     command = Command(place, place.new(), how, flags)

@@ -791,8 +791,9 @@ def test_a_probe_on_fresh_bilinear_crops_resumes_exactly(run_folder, tmp_path, m
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("protocol, more", [("lbfgs", []), ("sgd", ["--lr-sweep", 0.05, 0.5]),
-                                            ("lars", ["--cache-features"])])
+@pytest.mark.parametrize("protocol, more", [
+    ("sgd", ["--lr-sweep", 0.05, 0.5]), pytest.param("lbfgs", [], marks=pytest.mark.slow),
+    pytest.param("lars", ["--cache-features"], marks=pytest.mark.slow)])
 def test_two_processes_give_the_result_of_one(protocol, more, run_folder, tmp_path, pool):
     """In float64, where what is equal is equal to 1e-9 on every machine. The launcher, --nproc, is
     the scripts' (tests/test_processes.py)."""

@@ -171,9 +171,9 @@ def measured(*argv):
         torch.set_default_dtype(torch.float)
 
 
-@pytest.mark.parametrize("run", ["mocov2_asym", "byol_asym", *(  # groups, one group, the others
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in SCRIPTS if name not in ("mocov2_asym", "byol_asym"))], indirect=True)
+@pytest.mark.parametrize("run", [
+    pytest.param(name, marks=[] if name == "mocov2_asym" else pytest.mark.slow)
+    for name in SCRIPTS], indirect=True)
 def test_processes_do_not_change_the_result(pool, run, tmp_path):
     """Of images in memory; MoCo v2's are decoded at each step."""
     sizes = (20, 24, 25, 31) if run.name == "mocov2_asym" else (24,)
@@ -189,6 +189,7 @@ def test_processes_do_not_change_the_result(pool, run, tmp_path):
         assert found[0][name]["total"] == pytest.approx(found[1][name]["total"], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_nproc(mocov2, tmp_path):
     """torchrun's environment is that of the pool's processes."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
