@@ -47,6 +47,7 @@ class Fork(multiprocessing.get_context("fork").Process):
             self.start()
 
     def body(self, words, file, pair):
+        torch.set_num_threads(1)  # OpenMP's other threads did not come along, and would be waited for
         os.setsid()
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
