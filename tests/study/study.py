@@ -3,6 +3,7 @@
     python tests/study/study.py --table sec4 --seeds 3 --jobs 2       trains and probes what is missing; hours
     python tests/study/study.py --table 2 --budget-minutes 60         begins no run after that time
     python tests/study/study.py --report                              the tables beside the paper's; figures, with matplotlib
+    python tests/study/study.py --claim                               one number over all data sets and frameworks
     python tests/study/study.py --table sec4 --rows MultiCrop ScaleMix --data photos      images of a folder; some rows only
 
 A run is one command line of a script and one of linear_probe.py, in one thread; both are written, with what came out, as
@@ -27,7 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from report import report
+from report import print_claim, report
 from tables import RECIPES, key, read, tables
 
 HERE = Path(__file__).resolve().parent
@@ -242,12 +243,15 @@ def positive(text):
     return int(text)
 
 
-def chosen(cells, rows, parser):
-    """The cells of the rows whose names begin with one of rows, and their baselines; all without rows."""
+def chosen(cells, rows, designs, parser):
+    """The cells of the rows whose names begin with one of rows, and in them of designs, and their baselines; all without."""
     for name in rows or []:
         if not any(c.row.startswith(name) for c in cells):
             parser.error(f"--rows {name}: no row begins so; there are {', '.join(dict.fromkeys(c.row for c in cells))}")
-    kept = [c for c in cells if rows is None or c.row.startswith(tuple(rows))]
+    for name in designs or []:
+        if not any(c.place == name for c in cells):
+            parser.error(f"--designs {name}: no cell is called so; there are {', '.join(dict.fromkeys(c.place for c in cells))}")
+    kept = [c for c in cells if (rows is None or c.row.startswith(tuple(rows))) and (designs is None or c.place in designs)]
     missing = {(c.script, c.base) for c in kept} - {(c.script, c.flags) for c in kept}
     bases = {(c.script, c.flags): c for c in reversed(cells) if (c.script, c.flags) in missing}
     return [c for c in cells if c in kept or c in bases.values()]
@@ -257,7 +261,9 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--table", choices=tables("micro"), help="which cells")
     p.add_argument("--rows", nargs="+", metavar="ROW", help="only rows of the table whose names begin so")
+    p.add_argument("--designs", nargs="+", metavar="DESIGN", help="only these of its cells, as Table 2 calls them")
     p.add_argument("--report", action="store_true", help="run nothing; print and draw what there is")
+    p.add_argument("--claim", action="store_true", help="print the claim in one number, over all files of results")
     p.add_argument("--data", default="demo", help="demo, a data set, or a folder (README)")
     p.add_argument("--recipe", choices=RECIPES, default="micro")
     p.add_argument("--seeds", type=positive, default=3, help="seeds 0, 1, ... of each cell")
@@ -266,17 +272,20 @@ def main(argv=None):
     p.add_argument("--budget-minutes", type=float, default=math.inf, help="begin no run after that time")
     p.add_argument("--work", default="runs/study", help="where the runs' folders go")
     args = p.parse_args(argv)
-    if not args.table and not args.report:
-        p.error("nothing to do: give --table to run it, or --report")
-    if args.rows and not args.table:
-        p.error("--rows are of a table: give --table too")
+    if not args.table and not args.report and not args.claim:
+        p.error("nothing to do: give --table to run it, --report or --claim")
+    if (args.rows or args.designs) and not args.table:
+        p.error("--rows and --designs are of a table: give --table too")
     if Path(args.data).is_dir() and not is_data_set(args.data):  # the commands run in the repository's folder; within it, no machine's paths
         path = Path(os.path.abspath(args.data))
         args.data = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
         args.data = f"./{args.data}" if is_data_set(args.data) else args.data
-    asked = {name: chosen(cells, args.rows, p) for name, cells in tables(args.recipe).items() if args.table in (None, name)}
+    asked = {name: chosen(cells, args.rows, args.designs, p) for name, cells in tables(args.recipe).items() if args.table in (None, name)}
     args.work = str(Path(args.work, results_file(args).stem).absolute())
     os.chdir(ROOT)
+    if args.claim:
+        files = sorted((HERE / "results").glob("*.jsonl"))
+        return print_claim({path.stem: (tables(args.recipe), read(path)) for path in files})
     if not args.report:
         study(asked[args.table], args)
         return

@@ -30,6 +30,7 @@ def test_cells_are_the_papers():
     assert [c.paper_delta for c in SEC4 if not c.is_base] == printed
     assert [c.paper_delta for c in COMPOSITIONS if not c.is_base] == [4.1, 4.6, 5.5]
     assert [c.paper for c in TABLES["2"] if c.row == "BYOL" and not c.is_base] == [70.4, 69.7, 69.9]
+    assert [c.paper for c in TABLES["2"] if c.place == "original"] == [69.9, 65.0, 69.5, 67.8, 66.8]
 
 
 def test_longer_is_so_many_times_the_recipes_epochs():
@@ -67,14 +68,16 @@ def test_wanted_has_each_run_once_and_seed_by_seed():
 
 
 def test_rows():
-    cells = study.chosen(SEC4, ["MeanEnc", "Weaker"], argparse.ArgumentParser())
+    cells = study.chosen(SEC4, ["MeanEnc", "Weaker"], None, argparse.ArgumentParser())
     assert {c.flags for c in cells} == {"", "--aug-src weak", "--aug-tgt weak", "--aug-src weak --aug-tgt weak", "--mean-enc 2", "--mean-enc 3",
                                         "--mean-enc-src 3", "--mean-enc-src 2 --mean-enc 2"}
     assert [c.row for c in cells if c.is_base] == ["WeakerAug ↓"]
-    assert [c.row for c in study.chosen(SEC4, ["MeanEnc"], argparse.ArgumentParser()) if c.is_base] == ["MultiCrop ↑"]
-    byol = study.chosen(TABLES["2"], ["BYOL"], argparse.ArgumentParser())
-    assert len(byol) == 5 and {c.script for c in byol} == {"byol_asym"}
-    assert study.chosen(SEC4, None, argparse.ArgumentParser()) == SEC4
+    assert [c.row for c in study.chosen(SEC4, ["MeanEnc"], None, argparse.ArgumentParser()) if c.is_base] == ["MultiCrop ↑"]
+    byol = study.chosen(TABLES["2"], ["BYOL"], None, argparse.ArgumentParser())
+    assert len(byol) == 6 and {c.script for c in byol} == {"byol_asym"}
+    both = study.chosen(TABLES["2"], ["BYOL", "SimCLR"], ["MeanEnc"], argparse.ArgumentParser())
+    assert [(c.row, c.place) for c in both] == [(row, place) for row in ("SimCLR", "BYOL") for place in ("baseline", "MeanEnc")]
+    assert study.chosen(SEC4, None, None, argparse.ArgumentParser()) == SEC4
 
 
 def fake(cell, seed, commit="one"):
@@ -180,6 +183,25 @@ def test_rank_correlation():
     assert p == pytest.approx(sum(exact) / len(exact), abs=0.01)
     assert report.rank_correlation([(i, -i) for i in range(12)])[1] == pytest.approx(1 / 10_001)
     assert report.ranks([2.0, 1.0, 2.0, 3.0]) == [1.5, 0, 1.5, 3]
+
+
+def test_stratified_correlation():
+    """One table: Spearman's. Several: that of ranks within tables, whatever the tables' levels; its interval holds it."""
+    x, y = (3.0, 1.0, 4.0, 1.5, 5.0), (2.0, 7.0, 1.0, 8.0, 2.5)
+    one = list(zip(x, y, strict=True))
+    rho, low, high = report.stratified([one])
+    assert rho == pytest.approx(report.rank_correlation(one)[0]) and -1 <= low < rho < high <= 1
+    other = [(a + 100, b + 100) for a, b in one]  # together, the two levels alone would give a high correlation
+    assert report.stratified([one, other])[0] == pytest.approx(rho) and report.rank_correlation(one + other)[0] > 0
+    assert report.stratified([[(i, -i) for i in range(9)], [(i, -i) for i in range(5)]])[0] == pytest.approx(-1)
+    assert report.stratified([[(i, -i) for i in range(9)], [(i, i) for i in range(9)]])[0] == pytest.approx(0)
+
+
+def test_claim_counts_a_cell_once(capsys):
+    runs = fakes([*SEC4, *COMPOSITIONS, *TABLES["2"]], 2)
+    report.print_claim({"demo": ({"sec4": SEC4, "again": SEC4, "compositions": COMPOSITIONS, "2": TABLES["2"]}, runs)})
+    said = capsys.readouterr().out
+    assert "cells: demo sec4 21, demo compositions 2, demo 2 15" in said and "again" not in said
 
 
 def test_papers_points():
