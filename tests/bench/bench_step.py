@@ -8,9 +8,10 @@
 "networks": the same backbones, projectors and predictor with torch's own BatchNorm on views that are there already,
 source forward and backward, target forward. Everything else is overhead: crops and augmentation of images in memory
 (crops and views), the target's EMA, virtual-device BatchNorm, loss, queue and shuffle (the method), optimiser and logging.
-A step is taken apart as train() takes it; on a GPU by waiting for the device after each part, and "waits" counts
-the places in a step without logging at which the host waits for the device. "views ops" and "step ops" count the
-operations that torch dispatches for the views and for the whole of such a step: on a GPU about as many kernels."""
+"ready img/s" is the networks' own rate. A step is taken apart as train() takes it; on a GPU by waiting for the device after
+each part. "waits" counts the places in a step without logging at which the host waits for the device; "idle" is the GPU's
+share of the time without a kernel, in steps that are not taken apart, "GB" their peak memory. "views ops" and "step ops"
+count the operations that torch dispatches for the views and for the whole of such a step: on a GPU about as many kernels."""
 
 import argparse
 import copy
@@ -64,6 +65,7 @@ class Stepper:
         self.plan, self.steps, self.layout = self.script.plan_views(a), itertools.count(), cli.channels_last
         steps = ((s, torch.arange(a.batch_size) + s % 2 * a.batch_size) for s in itertools.count())
         self.crops = data.crop(self.images, augment.crops_of(self.plan), steps, 0, EVERY, 0, self.device)
+        self.taken_apart = True
         self.seconds, self.mark = {part: [] for part in ("views", "crops", "EMA", "rest", "optimiser", "logging")}, 0.0
         self.views = self.make_views(0)
         self.plain, self.grouped = copy.deepcopy(self.model), copy.deepcopy(self.model)
@@ -71,6 +73,8 @@ class Stepper:
             bn.forward = lambda x, bn=bn: torch_batch_norm(bn, x)
 
     def lap(self, part):
+        if not self.taken_apart:
+            return
         now = clock(self.device)
         if part:
             self.seconds[part].append(now - self.mark)
@@ -126,6 +130,23 @@ class Stepper:
         sum(x.square().mean() for x in z).backward()
         clock(self.device)
 
+    def gpu(self, steps=10):
+        """Peak memory in GB, and the GPU's idle share, over steps that wait for it at their end alone, as train()'s do."""
+        if self.device.type != "cuda":
+            return "-", "-"
+        self.taken_apart = False
+        torch.cuda.reset_peak_memory_stats(self.device)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            since = clock(self.device)
+            for _ in range(steps):
+                src, tgt, generator = self.make_views(next(self.steps))
+                self.learn(src, tgt, generator)
+                self.optimizer.step()
+            seconds = clock(self.device) - since
+        self.taken_apart = True
+        busy = sum(e.self_device_time_total for e in profiler.key_averages()) / 1e6
+        return f"{torch.cuda.max_memory_allocated(self.device) / 1e9:.2f}", f"{1 - busy / seconds:.0%}"
+
     def waits(self):
         """How often a step without logging waits for the GPU, as far as torch tells."""
         if self.device.type != "cuda":
@@ -167,8 +188,9 @@ def row(name, flags, cli):
     shares = [statistics.median(a / b for a, b in zip(parts[k], whole, strict=True)) for k in PARTS]
     step, groups = statistics.median(whole), s.args.bn_groups
     return [f"{name.removesuffix('_asym')} {flags}".strip(), s.args.batch_size, f"{s.args.batch_size / step:.0f}",
-            f"{1e3 * step:.0f}", *(f"{x:.1%}" for x in shares), f"{statistics.median(overhead):.1%}",
-            f"({overhead[0]:.0%} to {overhead[-1]:.0%})", f"{bn:.2f}" if groups > 1 else "1 group", s.waits(), *s.operations()]
+            f"{s.args.batch_size / statistics.median(own):.0f}", f"{1e3 * step:.0f}", *(f"{x:.1%}" for x in shares), f"{statistics.median(overhead):.1%}",
+            f"({overhead[0]:.0%} to {overhead[-1]:.0%})", f"{bn:.2f}" if groups > 1 else "1 group", *s.gpu(), s.waits(),
+            *s.operations()]
 
 
 def main():
@@ -187,7 +209,8 @@ def main():
     machine(cli.threads, cli.device)
     if cli.channels_last or cli.amp != "off":
         print(f"amp {cli.amp}{', channels-last' * cli.channels_last}; compare with a run without\n")
-    rows = [[f"{cli.recipe} recipe", "batch", "img/s", "ms", *PARTS, "overhead", "(range)", "BN", "waits", "views ops", "step ops"]]
+    rows = [[f"{cli.recipe} recipe", "batch", "img/s", "ready img/s", "ms", *PARTS, "overhead", "(range)", "BN", "GB", "idle", "waits",
+             "views ops", "step ops"]]
     for name in cli.scripts:
         for design in DESIGNS if cli.designs else ("",):
             groups = "--bn-groups 8" if "bn" in design and name != "mocov2_asym" else ""
