@@ -131,8 +131,8 @@ def read_image(path, shrink=None):
 def load(name, root="data", download=False):
     """The images to train on, and the bank and the queries of kNN, which are None without labels.
     name: one of NAMES, a file for load_npz(), or a folder: with splits, see splits(), a class tree,
-    or plain images. Without val every tenth image asks, the others answer, and all train. root:
-    where torchvision's sets are, or go. Says in one line what was found. Raises DataError."""
+    or plain images. Without val every tenth image is a query, the others are the bank, and all
+    train. root: where torchvision's sets are, or go. Says what was found. Raises DataError."""
     if name == "demo":
         train = draw_demo(4096, 0)
         return train, train, draw_demo(1024, 1)
@@ -144,7 +144,7 @@ def load(name, root="data", download=False):
     else:
         train, held = splits(name)
         images = in_memory(scan(train))
-    source, asking = (show([os.path.basename(os.path.abspath(path))]) for path in (train, held))
+    source, held_out = (show([os.path.basename(os.path.abspath(path))]) for path in (train, held))
     sets, knn, left = (images, None, None), "no kNN", list(images.left)
     held = held if images.classes else ""
     for other in sum(listing(name), []) if train != name else ():
@@ -154,14 +154,14 @@ def load(name, root="data", download=False):
         val = in_memory(scan(held))
         if odd := sorted(set(images.classes) ^ set(val.classes)):
             raise DataError(f"--data {name}: the class folders in {source}/ ({len(images.classes)})"
-                            f" and {asking}/ ({len(val.classes)}) differ, as in {show(odd, 1)}; "
-                            f"make them equal, or move {asking}/ away")
-        sets, knn = (images, images, val), f"in kNN the {len(val)} of {asking} ask"
+                            f" and {held_out}/ ({len(val.classes)}) differ, as in {show(odd, 1)}; "
+                            f"make them equal, or move {held_out}/ away")
+        sets, knn = (images, images, val), f"kNN queries: the {len(val)} of {held_out}"
         left += val.left
         images.bad += val.bad
     elif images.classes and len(images) >= 10:
-        asks = torch.arange(len(images)) % 10 == 9
-        sets, knn = (images, images[~asks], images[asks]), "in kNN every tenth asks"
+        tenth = torch.arange(len(images)) % 10 == 9
+        sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: every tenth"
 
     if not download and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(AttributeError):  # a notebook's
@@ -185,7 +185,7 @@ def listing(folder):
 
 
 def splits(folder):
-    """The folder to train on, and the one whose images ask, or "". train/ is a split if all folders
+    """The folder to train on, and the one for kNN queries, or "". train/ is a split if all folders
     with images beside it are splits too. DataError if that leaves it open."""
     folders, files = listing(folder)
     stem = {f: f.lower().rstrip("0123456789-_") for f in folders}

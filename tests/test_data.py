@@ -75,7 +75,7 @@ def test_flat_folder(tmp_path, on_disk):
     assert images.paths.dtype.kind == "S" and names(images[[1]], tmp_path) == ["a ü 日本.jpg"]
 
 
-def test_class_tree_every_tenth_asks(tmp_path, on_disk, monkeypatch):
+def test_class_tree_every_tenth_is_a_query(tmp_path, on_disk, monkeypatch):
     files = [f"{c}/{i:02d}.png" for c in ("ant/nest", "big cat", "dög") for i in range(7)]
     write(tmp_path, *files[::-1])
     images, bank, queries = load(str(tmp_path))
@@ -106,10 +106,10 @@ def test_train_and_val(tmp_path, on_disk):
 
 
 @pytest.mark.parametrize("files, said", [
-    ("Train Val", "4 images from Train, 2 classes .a, b.; in kNN the 4 of Val ask; left out: noth"),
-    ("train valid notes/n.txt", "the 4 of valid ask; left out: notes beside train"),
-    ("training test dev", "from training,.* 4 of dev ask; left out: test beside training"),
-    ("train2017 val2017", "from train2017,.* 4 of val2017 ask"), ("train bus", "8.*bus, train"),
+    ("Train Val", "4 images from Train, 2 classes .a, b.; kNN queries: the 4 of Val; left out: noth"),
+    ("train valid notes/n.txt", "the 4 of valid; left out: notes beside train"),
+    ("training test dev", "from training,.* 4 of dev; left out: test beside training"),
+    ("train2017 val2017", "from train2017,.* 4 of val2017"), ("train bus", "8.*bus, train"),
     ("val test", "test, val, what"), ("train train_2", "train, train_2, what"),
     ("train val more", "more, train, val, what"),
     ("up/train up/val", "up/ in it has splits.*use .*/up"),
