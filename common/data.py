@@ -30,8 +30,8 @@ CIFAR = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 HALF = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for methods that do not normalise
 NAMES = {"demo": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "fashion-mnist": 28}  # pixels
-TRAIN = "train", "training"  # names of splits, in any case, with or without a number
-HELD = "val", "valid", "validation", "dev", "test", "testing"  # the first is preferred
+TRAIN = "train", "training", "trainval"  # names of splits, in any case, with or without a number
+HELD = "val", "valid", "validation", "dev", "eval", "test", "testing"  # the first is preferred
 SUFFIXES = tuple(".jpg .jpeg .jfif .png .bmp .ppm .pgm .tif .tiff .webp .gif".split())
 FORMATS = "JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"  # PIL's EPS, say, starts programs
 IN_MEMORY = 2**30  # bytes: a folder of equally sized images up to this size is decoded at the start
@@ -101,9 +101,9 @@ def reason(path):
 
 def read_image(path, shrink=None):
     """An image file as uint8 (3, h, w): turned as its EXIF says, grey repeated, CMYK converted, put
-    on white where it is transparent, 16 bits scaled to 8. ValueError for floats and 32 bits, whose
-    range a file does not state. shrink(height, width), if given, says how many times smaller it may
-    come: by 2, 4 or 8 a JPEG file is decoded in a fraction of the time."""
+    on white where it is transparent, 16 bits scaled to 8. ValueError for floats, 32 bits and 12 in
+    16, whose range a file does not state. shrink(height, width), if given, says how many times
+    smaller it may come: by 2, 4 or 8 a JPEG file is decoded in a fraction of the time."""
     with Image.open(path, formats=FORMATS) as image:
         if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
             raise ValueError(f"{image.mode} pixels have no known range; save them with 8 bits")
@@ -120,7 +120,10 @@ def read_image(path, shrink=None):
             ImageOps.exif_transpose(image, in_place=True)
 
         if image.mode[0] == "I":  # PIL would clip 16 bits at 255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            grey = np.asarray(image)
+            if grey.max() < 4096:
+                raise ValueError("16 bits, the upper four unused; scale it to 8 bits")
+            image = Image.fromarray((grey / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             paper = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(paper, image.convert("RGBA"))
@@ -167,7 +170,10 @@ def load(name, root="data", download=False):
         with contextlib.suppress(AttributeError):  # a notebook's
             sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
         what = f"{len(images.classes)} classes ({show(images.classes)})" if images.classes else ""
-        print(f"data: {len(images)} images from {source}, {what or 'no labels'}; {knn}; left out: "
+        what = what or "no labels"
+        if images.pixels is not None:
+            what += ", {2} x {1} pixels".format(*images.pixels.shape[1:])
+        print(f"data: {len(images)} images from {source}, {what}; {knn}; left out: "
               f"{show(left, 9) or 'nothing'}", flush=True)
     return sets
 
@@ -204,7 +210,8 @@ def splits(folder):
                         "folder, or leave one train/, and beside it only val/ or test/")
     inner = os.path.join(folder, *filled[:1])
     if len(filled) == 1 and splits(inner)[0] != inner:
-        raise DataError(f"--data {folder}: {filled[0]}/ in it has splits of its own; use {inner}")
+        raise DataError(f"--data {folder}: {filled[0]}/ in it has splits of its own; use {inner}, "
+                        "or make folders train/CLASS and val/CLASS")
     return folder, ""
 
 
@@ -262,10 +269,13 @@ def load_npz(name):
         found = f"{type(e).__name__}: {e}"
 
     x, y = arrays.get("images", np.empty(0)), arrays.get("labels")
-    good = x.size and x.dtype == np.uint8 and (x.ndim == 3 or x.shape[3:] == (3,))
-    if not good or y is not None and (y.dtype.kind not in "iu" or y.shape != x.shape[:1]):
+    grey = x.ndim == 3 and x.shape[2] > 4  # else one image in colour
+    good = x.dtype == np.uint8 and (grey or x.shape[3:] == (3,)) and x.size and x.max() > 1
+    if y is not None:
+        good = good and y.dtype.kind in "iu" and y.shape == x.shape[:1] and y.min() >= 0
+    if not good:
         raise DataError(f"--data {name}: found {found}; wanted images, uint8 (n, h, w, 3) or "
-                        "(n, h, w), and if there are labels, integers (n,)")
+                        "(n, h, w) up to 255, and if there are labels, integers (n,) from 0")
     digest, images = hashlib.sha256(np.ravel(x)), Images(channels_first(x))
     if y is not None:
         digest.update(np.ravel(y))
@@ -288,6 +298,10 @@ def scan(folder):
     names = hashlib.sha256(os.fsencode("\n".join(below))).hexdigest()[:16]
     tops = [os.path.dirname(path).split("/")[0] for path in below]
     left += [f"{f}, a folder without images" for f in listing(folder)[0] if f not in {*tops}]
+    inner = {tuple(path.split("/")[:2]) for path in below if path.count("/") > 1}
+    again = sorted(f for f, n in Counter(f for _, f in inner).items() if n > 1)
+    if len(again) > 1:  # splits or domains of other names, perhaps
+        left.append(f"the level of {show(again)}, folders in several of {show(sorted({*tops}))}")
     images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
 
     classes, labels = np.unique(tops, return_inverse=True)
@@ -324,22 +338,30 @@ def walk(folder, left=None):
 
 def in_memory(images):
     """Decodes a small folder of equally sized images once; returns any other as it is. In fifty
-    images, evenly spaced, it looks for what PIL drops; DataError where none of those of 16 bits
-    uses the upper half of the range, as with 12 bits in 16."""
+    images, evenly spaced, it looks for what PIL drops; DataError where most cannot be read, most of
+    those of 16 bits leave the upper half of the range, as with 14 bits, or all are black."""
     sample = range(0, len(images), max(1, len(images) // 50))
-    shapes, dark, lost = set(), [], Counter()
+    shapes, dark, white, unread, lost = set(), [], 0, [], Counter()
     for row in sample:
-        pixels, row = images.decode(row)
+        pixels, there = images.decode(row)
         shapes.add(pixels.shape)
-        with Image.open(os.fsdecode(images.paths[row]), formats=FORMATS) as image:
+        white = max(white, pixels.max())
+        unread += [os.fsdecode(images.paths[row])] * (there != row)
+        with Image.open(os.fsdecode(images.paths[there]), formats=FORMATS) as image:
             coding = f"{image.mode} {image.tile[:1]}"
             lost["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
             lost["all frames but the first"] += getattr(image, "is_animated", False)
             if re.search("^I|;16[BLN]", coding):  # grey; colours, of which PIL has the upper 8 bits
                 dark.append(pixels.max() < 128)
-    if dark and all(dark):
-        raise DataError(f"{os.fsdecode(images.paths[0])!r} and others have 16 bits, of which the "
-                        "upper ones are not used, so white is not known; save them with 8 bits")
+    first = repr(os.fsdecode(images.paths[0]))
+    if len(unread) * 2 > len(sample):
+        raise DataError(f"{len(unread)} of {len(sample)} images looked at cannot be read, as "
+                        f"{unread[0]!r} ({reason(unread[0])})")
+    if sum(dark) * 2 > len(dark):
+        raise DataError(f"{first} and others have 16 bits, of which the upper ones are not used: "
+                        "white is not known; save them with 8 bits")
+    if white < 2:
+        raise DataError(f"{first} and others are black: no value above {white}; scale to 0 to 255")
     lost = [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
     images = replace(images, left=[*images.left, *lost])
 

@@ -106,17 +106,19 @@ def test_train_and_val(tmp_path, on_disk):
 
 
 @pytest.mark.parametrize("files, said", [
-    ("Train Val", "4 images from Train, 2 classes .a, b.; kNN queries: the 4 of Val; left out: noth"),
+    ("Train Val", "4 images from Train, 2 classes .a, b., 40 x 40 pixels; kNN queries: the 4 of Val; left out: noth"),
     ("train valid notes/n.txt", "the 4 of valid; left out: notes beside train"),
     ("training test dev", "from training,.* 4 of dev; left out: test beside training"),
     ("train2017 val2017", "from train2017,.* 4 of val2017"), ("train bus", "8.*bus, train"),
+    ("trainval eval", "from trainval,.* 4 of eval"),
+    ("sky sea", "left out: the level of a, b, folders in several of sea, sky$"),
     ("val test", "test, val, what"), ("train train_2", "train, train_2, what"),
     ("train val more", "more, train, val, what"),
     ("up/train up/val", "up/ in it has splits.*use .*/up"),
     ("cup/train cup/test jar/train jar/test", "cup/ in it has splits.*use .*/cup"),
     ("a/1.png b/2.jfif b/3.HEIC a/4.heic b/.5.png", "left out: 2 .heic, 1 hidden$"),
     ("a/1.png b/2.png c/3.heic", "(a, b).* left out: 1 .heic, c, a folder without images"),
-    ("a/1.png b/2.png é.png", r"no labels; no kNN; left out: labels, as \\xe9.png lies beside a"),
+    ("a/1.png b/2.png é.png", r"no labels, 40 x 40 pixels; no kNN; left out: labels, as \\xe9.png lies beside a"),
     ("a/1.png a/b/2.png", "labels, as all images are in a"), ("1.png", "there are no folders"),
     ("a/1.heic b/2.heic", "found 2 .heic"), ("日本/1.png b/2.png", r"\(b, \\u65e5\\u672c\)"),
 ])
@@ -219,6 +221,21 @@ def test_pixels_of_which_no_file_states_the_range(tmp_path, white, kind, suffix,
         assert (load(str(tmp_path))[0].pixels == torch.from_numpy(ramp)).all()
 
 
+def test_sets_of_which_most_images_are_dark_or_broken_are_refused(tmp_path):
+    for i in range(9):
+        grey = np.full((8, 8), 4000 if i < 4 else 60000, np.uint16)
+        Image.fromarray(grey).save(tmp_path / f"{i}.png")
+    assert len(load(str(tmp_path))[0].bad) == 4  # each is named, with the reason
+    Image.fromarray(grey // 16).save(tmp_path / "8.png")
+    with pytest.raises(DataError, match="5 of 9 images.*cannot be read.*0.png.*upper four unused"):
+        load(str(tmp_path))
+    write(tmp_path / "masks", *[f"{i}.png" for i in range(9)])
+    for i in range(9):
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / f"masks/{i}.png")
+    with pytest.raises(DataError, match="are black: no value above 1"):
+        load(str(tmp_path / "masks"))
+
+
 def test_broken_files_are_replaced_by_the_next_named_and_counted(tmp_path, monkeypatch, capfd):
     pixels = write(tmp_path, *[f"{i}.png" for i in range(9)], "9.jpg")
     broken = [tmp_path / name for name in ("2.jpg", "5.png", "6.png", "9.jpg")]
@@ -261,7 +278,7 @@ def test_nothing_readable(tmp_path):
             look(str(tmp_path))
 
 
-@pytest.mark.parametrize("labels", [None, np.arange(20, dtype=np.int16) % 3 * 5 - 5])
+@pytest.mark.parametrize("labels", [None, np.arange(20, dtype=np.int16) % 3 * 5])
 @pytest.mark.parametrize("shape", [(20, 12, 16, 3), (20, 12, 16)])
 def test_npz(tmp_path, shape, labels):
     file, x = str(tmp_path / "own.npz"), np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -273,7 +290,7 @@ def test_npz(tmp_path, shape, labels):
     if labels is None:
         assert images.labels is None and bank is None and queries is None
     else:
-        assert images.classes == ("-5", "0", "5") and np.array_equal(images.labels, labels // 5 + 1)
+        assert images.classes == ("0", "5", "10") and np.array_equal(images.labels, labels // 5)
         assert torch.equal(queries.pixels, images.pixels[9::10]) and len(bank) == 18
     np.savez(file, **arrays)
     assert load(file)[0].names == images.names  # a digest of the contents
@@ -282,12 +299,14 @@ def test_npz(tmp_path, shape, labels):
         assert load(file)[0].names != images.names
 
 
-EIGHT = np.zeros((4, 8, 8), np.uint8)
+EIGHT = np.full((4, 8, 8), 200, np.uint8)
 
 
 @pytest.mark.parametrize("content, found", [
     ({"images": EIGHT / 1}, "images float64 (4, 8, 8)"), ({"x": EIGHT}, "x uint8 (4, 8, 8)"),
     ({"images": EIGHT[:0]}, "images uint8 (0, 8, 8)"), ({}, "found nothing"),
+    ({"images": EIGHT[:, :, :3]}, "images uint8 (4, 8, 3)"), ({"images": EIGHT % 2}, "(4, 8, 8)"),
+    ({"images": EIGHT, "labels": np.arange(4) - 1}, "labels int64 (4,)"),
     ({"images": EIGHT[:, None]}, "images uint8 (4, 1, 8, 8)"),
     ({"images": EIGHT, "labels": np.zeros(3, int)}, "labels int64 (3,)"),
     ({"images": EIGHT, "labels": np.zeros(4)}, "labels float64 (4,)"),
