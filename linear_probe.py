@@ -204,12 +204,12 @@ def knn_probe(args, task):
 
 # ============================================================================== data sets
 def load_tasks(args, download=False):
-    """name -> load_task(); and, where --transfer asks for several, name -> why it is absent."""
+    """name -> load_task(), and name -> why it is absent, of those that --transfer asks for."""
     tasks, absent = {}, {}
     asked = args.transfer or [args.data]
     for name in TRANSFER if "all" in asked else asked:
         try:
-            tasks[name] = load_task(args, name, download)
+            tasks[Path(name).absolute().name] = load_task(args, name, download)
         except data.DataError as e:
             absent[name] = str(e)
     check(tasks, "; ".join(absent.values()))
@@ -342,7 +342,7 @@ def load_backbone(args):
     if path.is_dir():
         path = path / ("backbone_target.pth" if args.encoder == "target" else "backbone.pth")
     found, beside = read(path), path.with_name("args.json")
-    if found.keys() >= {"args", "step", "model"}:  # last.pt
+    if found.keys() >= {"args", "step", "model"} and "method" in found["args"]:  # last.pt
         run, names = found["args"], f"model.{args.encoder}.backbone."
     elif path.name in ("backbone.pth", "backbone_target.pth") and beside.exists():
         run = json.loads(beside.read_text())
@@ -367,7 +367,7 @@ def load_backbone(args):
     return frozen.to(args.device), {
         "names": f"{names}*", "arch": arch, "tensors": len(state), "dim": width,
         "size": frozen.size, "mean": mean, "std": std, "weights": digest.hexdigest()[:16],
-        "trained_on": run.get("data")}
+        "trained_on": run.get("data"), "trained_names": run.get("names")}
 
 
 def read(path):
@@ -407,7 +407,8 @@ def of_run(args, run, path):
     script = Path(__file__).parent / f"{method}.py"
     check(method.isidentifier() and script.is_file() and run.get("format") == 3, f"{path} is of "
           f"another version of these scripts, or {script.name} is not beside linear_probe.py; put "
-          "it there, or use the backbone.pth alone, in another folder")
+          "it there, or use the backbone.pth alone, in another folder, with args.json's numbers "
+          "as --mean, --std and --img-size")
     module = importlib.import_module(method)
     if run.get("code") != module.code_digest():
         say(f"note: {script.name} or common/ changed since {path} was trained")
@@ -480,8 +481,8 @@ def of_others(args, state):
 
 # ============================================================================== flags
 MAY_DIFFER = {  # between a probe and its continuation
-    "checkpoint", "data_root", "device", "download", "export", "names", "nproc", "out", "overwrite",
-    "save_features", "torch", "workers"}
+    "checkpoint", "data", "data_root", "device", "download", "export", "images", "names", "nproc",
+    "out", "overwrite", "save_features", "torch", "workers"}
 
 
 def parse_args(argv=None):
@@ -572,7 +573,9 @@ def work(args):
         probe(args, net, backbone)
     elif rank() == 0:
         torch.save({k: v.cpu() for k, v in net.backbone.state_dict().items()}, args.export)
-        say(f"{args.export}: {backbone['arch']}, {backbone['names']} of {args.checkpoint}")
+        numbers = {"--mean": backbone["mean"], "--std": backbone["std"]}
+        say(f"{args.export}: {backbone['arch']}, {backbone['names']} of {args.checkpoint}; to be "
+            f"read with {listed(numbers)}  --img-size {backbone['size']}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -586,7 +589,11 @@ def probe(args, net, backbone):
     barrier()
     tasks, absent = load_tasks(args)
     resolve(args, tasks)
-    about = {**vars(args), **backbone, "torch": torch.__version__}
+    there, names = backbone["trained_on"], backbone.pop("trained_names")
+    if args.data == there and any(task.images.names != names for task in tasks.values()):
+        say(f"note: {there} has other training images now than when the run began")
+    seen = {name: [t.images.names, t.test_images.names] for name, t in tasks.items()}
+    about = {**vars(args), **backbone, "torch": torch.__version__, "images": seen}
     about = json.loads(json.dumps(about, default=str))  # as in the file
     results = open_run(args, about)
 
@@ -595,7 +602,7 @@ def probe(args, net, backbone):
         f"{'stored features' if args.stores else 'crops'}; output: {args.out}")
     for lr in args.lr_sweep or [args.lr] if args.protocol in LR_SWEEP else ():
         say(f"  lr {lr:g} x {args.batch_size}/256 = {lr * args.batch_size / 256:g}")
-    for name in [name for name in tasks if name not in results]:
+    for name in [name for name in tasks if name not in results or args.save_features]:
         results[name] = measure(args, net, tasks[name])
         save(args, "result.json", json.dumps({**about, "results": results}, indent=1))
     report(args, results, absent)
@@ -639,7 +646,8 @@ def save_features(file, task):
         paths = [b""] * len(images) if images.paths is None else images.paths
         arrays |= {f"{part}_x": x.float(), f"{part}_labels": images.labels,
                    f"{part}_names": np.array([os.fsdecode(path) for path in paths])}
-    np.savez(file, **arrays)
+    with open(file, "wb") as f:  # NumPy would add .npz
+        np.savez(f, **arrays)
     say(f"  written to {file}")
 
 
@@ -668,6 +676,8 @@ def open_run(args, about):
     old = json.loads(file.read_text()) if file.exists() and not anew else {**about, "results": {}}
     differ = [f"{name} {old.get(name)} there, {value} here" for name, value in about.items()
               if name not in MAY_DIFFER and old.get(name) != value]
+    differ += [f"other images of {name}" for name, names in about["images"].items()
+               if old.get("images", {}).get(name, names) != names]
     check(not differ, f"--out {out} holds another probe ({', '.join(differ)}); use another, or "
           "--overwrite")
     barrier()  # all have looked

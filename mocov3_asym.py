@@ -808,6 +808,8 @@ def resume(args, about, model, optimizer):
                   if k not in MAY_DIFFER and old.get(k) != v]
         check(not differ, f"--out {out} holds another run ({', '.join(differ)}); use another, or "
               "--overwrite")
+        if old["data"] != args.data:
+            say(f"note: {out} began with --data {old['data']}, of the same names")
         if old["code"] != about["code"]:
             say(f"note: {script.name} or common/ changed since {out} began; --overwrite: anew")
             about["code"] = old["code"]

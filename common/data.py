@@ -101,9 +101,9 @@ def reason(path):
 
 def read_image(path, shrink=None):
     """An image file as uint8 (3, h, w): turned as its EXIF says, grey repeated, CMYK converted, put
-    on white where it is transparent, 16 bits scaled to 8. ValueError for floats, 32 bits and 12 in
-    16, whose range a file does not state. shrink(height, width), if given, says how many times
-    smaller it may come: by 2, 4 or 8 a JPEG file is decoded in a fraction of the time."""
+    on white where it is transparent, 16 bits scaled to 8. ValueError for floats and 32 bits, whose
+    range a file does not state. shrink(height, width), if given, says how many times smaller it may
+    come: by 2, 4 or 8 a JPEG file is decoded in a fraction of the time."""
     with Image.open(path, formats=FORMATS) as image:
         if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
             raise ValueError(f"{image.mode} pixels have no known range; save them with 8 bits")
@@ -120,10 +120,7 @@ def read_image(path, shrink=None):
             ImageOps.exif_transpose(image, in_place=True)
 
         if image.mode[0] == "I":  # PIL would clip 16 bits at 255
-            grey = np.asarray(image)
-            if grey.max() < 4096:
-                raise ValueError("16 bits, the upper four unused; scale it to 8 bits")
-            image = Image.fromarray((grey / 257).round().astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             paper = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(paper, image.convert("RGBA"))
@@ -134,7 +131,7 @@ def read_image(path, shrink=None):
 def load(name, root="data", download=False):
     """The images to train on, and the bank and the queries of kNN, which are None without labels.
     name: one of NAMES, a file for load_npz(), or a folder: with splits, see splits(), a class tree,
-    or plain images. Without val every tenth image is a query, the others are the bank, and all
+    or plain images. Without val a tenth of the images are queries, the others the bank, and all
     train. root: where torchvision's sets are, or go. Says what was found. Raises DataError."""
     if name == "demo":
         train = draw_demo(4096, 0)
@@ -154,17 +151,19 @@ def load(name, root="data", download=False):
         if os.path.join(name, other) not in (train, held):
             left.append(f"{other} beside {source}")
     if held:
+        if os.path.realpath(train) == os.path.realpath(held):
+            raise DataError(f"--data {name}: {held_out}/ is {source}/ itself, by a link")
         val = in_memory(scan(held))
         if odd := sorted(set(images.classes) ^ set(val.classes)):
             raise DataError(f"--data {name}: the class folders in {source}/ ({len(images.classes)})"
                             f" and {held_out}/ ({len(val.classes)}) differ, as in {show(odd, 1)}; "
                             f"make them equal, or move {held_out}/ away")
         sets, knn = (images, images, val), f"kNN queries: the {len(val)} of {held_out}"
-        left += val.left
+        left += [f"in {held_out}: {what}" for what in val.left]
         images.bad += val.bad
     elif images.classes and len(images) >= 10:
-        tenth = torch.arange(len(images)) % 10 == 9
-        sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: every tenth"
+        tenth = torch.randperm(len(images), generator=rng("queries")) % 10 == 9
+        sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: a tenth of these"
 
     if not download and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(AttributeError):  # a notebook's
@@ -193,19 +192,18 @@ def listing(folder):
 def splits(folder):
     """The folder to train on, and the one for kNN queries, or "". train/ is a split if all folders
     with images beside it are splits too. DataError if that leaves it open."""
-    folders, files = listing(folder)
+    folders, _ = listing(folder)
+    words = {w for f in folders for w in re.split("[^a-z]+", f.lower())} & {*TRAIN, *HELD}
     stem = {f: f.lower().rstrip("0123456789-_") for f in folders}
-    if len(folders) > 1 and not {*stem.values()} & {*TRAIN, *HELD}:
-        folders = folders[:1]  # one of a thousand classes will do
-
-    filled = [f for f in folders if any(walk(os.path.join(folder, f)))]
+    filled = (f for f in folders if any(walk(os.path.join(folder, f))))
+    filled = list(filled if words else itertools.islice(filled, 1))  # one of a thousand will do
     train = [f for f in filled if stem[f] in TRAIN]
     held = sorted([f for f in filled if stem[f] in HELD], key=lambda f: HELD.index(stem[f]))
     other = [f for f in filled if f not in train + held]
     if len(train) == 1 and not other:
         return os.path.join(folder, train[0]), os.path.join(folder, held[0]) if held else ""
-    beside = other or [f for f in files if f.lower().endswith(SUFFIXES)]
-    if train and held or len(train) > 1 or held and not beside:
+    inside = {f for split in held for f in listing(os.path.join(folder, split))[0]}
+    if len(words) > 1 or len(train) > 1 or held and (not other or inside & {*other}):
         raise DataError(f"--data {folder}: of {show(filled)}, what is to be trained on? Name one "
                         "folder, or leave one train/, and beside it only val/ or test/")
     inner = os.path.join(folder, *filled[:1])
@@ -339,18 +337,19 @@ def walk(folder, left=None):
 def in_memory(images):
     """Decodes a small folder of equally sized images once; returns any other as it is. In fifty
     images, evenly spaced, it looks for what PIL drops; DataError where most cannot be read, most of
-    those of 16 bits leave the upper half of the range, as with 14 bits, or all are black."""
+    those of 16 bits leave the upper half of the range, as with 12 bits, or all are of one value."""
     sample = range(0, len(images), max(1, len(images) // 50))
-    shapes, dark, white, unread, lost = set(), [], 0, [], Counter()
+    shapes, dark, values, unread, lost = set(), [], [], [], Counter()
     for row in sample:
         pixels, there = images.decode(row)
         shapes.add(pixels.shape)
-        white = max(white, pixels.max())
+        values += pixels.min().item(), pixels.max().item()
         unread += [os.fsdecode(images.paths[row])] * (there != row)
         with Image.open(os.fsdecode(images.paths[there]), formats=FORMATS) as image:
             coding = f"{image.mode} {image.tile[:1]}"
             lost["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
             lost["all frames but the first"] += getattr(image, "is_animated", False)
+            lost["what is transparent: now white"] += image.has_transparency_data
             if re.search("^I|;16[BLN]", coding):  # grey; colours, of which PIL has the upper 8 bits
                 dark.append(pixels.max() < 128)
     first = repr(os.fsdecode(images.paths[0]))
@@ -360,10 +359,11 @@ def in_memory(images):
     if sum(dark) * 2 > len(dark):
         raise DataError(f"{first} and others have 16 bits, of which the upper ones are not used: "
                         "white is not known; save them with 8 bits")
-    if white < 2:
-        raise DataError(f"{first} and others are black: no value above {white}; scale to 0 to 255")
+    if max(values) - min(values) < 2:
+        raise DataError(f"{first} and others are of one shade: values from {min(values)} to "
+                        f"{max(values)}; wanted 0 to 255, and no transparency where there is image")
     lost = [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
-    images = replace(images, left=[*images.left, *lost])
+    images = replace(images, left=[*lost, *images.left])
 
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images

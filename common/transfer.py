@@ -112,7 +112,7 @@ TRANSFER = {
         "is dead; put a copy's cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat "
         "into ROOT/stanford_cars/, and install scipy"),
     "aircraft": Target("Aircraft", 59.3, MEAN, 0, listed("FGVCAircraft", "train", "val", "test")),
-    "voc2007": Target("VOC-07", 93.8, "11-point mAP", 0, voc2007),  # the paper's is another metric
+    "voc2007": Target("VOC-07", 93.8, "11-point mAP", 0, voc2007),  # 93.8: probably by another
     "dtd": Target("DTD", 80.2, TOP1, 0, listed("DTD", "train", "val", "test")),  # split 1 of ten
     "pets": Target("Pets", 87.2, MEAN, 740, listed("OxfordIIITPet", "trainval", "test")),
     "caltech101": Target("Caltech-101", 93.1, MEAN, 0, caltech101),

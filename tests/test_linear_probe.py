@@ -581,6 +581,9 @@ def test_features_are_saved_with_labels_and_names(run_folder, tmp_path, capsys):
          "--save-features", tmp_path / "b.npz")
     found = np.load(tmp_path / "b.npz")
     assert found["train_names"].tolist() == [""] * len(found["train_x"])
+    main(run_folder, *flags("knn"), "--data", tmp_path / "in.npz", "--out", tmp_path / "b",
+         "--save-features", tmp_path / "again")  # of a probe that is complete
+    assert np.array_equal(np.load(tmp_path / "again")["test_x"], found["test_x"])
     more = flags("sgd"), "--save-features", tmp_path / "c.npz"
     assert "use --protocol lbfgs or knn" in refuse(capsys, run_folder, *more[0], *more[1:])
 
@@ -946,3 +949,26 @@ def test_out_of_another_probe_is_left_alone(run_folder, tmp_path, capsys):
     for more in ([], ["--overwrite"]):  # a run's folder least of all
         assert "holds no probe" in refuse(capsys, *argv[:-1], run_folder, "--knn-k", 5, *more)
     assert (run_folder / "last.pt").exists()
+
+
+def test_a_probe_knows_its_images(run_folder, tmp_path, monkeypatch, capsys):
+    """By their names, as a run does: not by the spelling of the path."""
+    monkeypatch.chdir(tmp_path)
+    class_tree(tmp_path / "x", 40)
+    main(run_folder, *flags("knn"), "--data", "x", "--out", "a")
+    assert "note" not in capsys.readouterr().out
+    main(run_folder, *flags("knn"), "--data", "./x/", "--out", "a")
+    moved = sorted(Path("x").glob("*/*.*"))[0]
+    moved.rename(moved.with_name("new" + moved.suffix))
+    assert "holds another probe (other images of " in refuse(
+        capsys, run_folder, *flags("knn"), "--data", "x", "--out", "a")
+
+
+def test_a_run_whose_images_have_changed_is_noted(run_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    about = json.loads((folder / "args.json").read_text())
+    for names, said in ((about["names"], 0), ("other", 1)):
+        (folder / "args.json").write_text(json.dumps(about | {"names": names}))
+        main(folder, *flags("knn"), "--out", tmp_path / str(said))
+        assert capsys.readouterr().out.count("has other training images now") == said
