@@ -133,6 +133,11 @@ def load(name, root="data", download=False):
     name: one of NAMES, a file for load_npz(), or a folder: with splits, see splits(), a class tree,
     or plain images. Without val a tenth of the images are queries, the others the bank, and all
     train. root: where torchvision's sets are, or go. Says what was found. Raises DataError."""
+    with contextlib.suppress(AttributeError):  # a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
+    first = not download and os.environ.get("RANK", "0") == "0"
+    if first and name in NAMES and os.path.isdir(name):
+        print(f"data: {name} is the built-in set; --data ./{name} is the folder", flush=True)
     if name == "demo":
         train = draw_demo(4096, 0)
         return train, train, draw_demo(1024, 1)
@@ -165,9 +170,7 @@ def load(name, root="data", download=False):
         tenth = torch.randperm(len(images), generator=rng("queries")) % 10 == 9
         sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: a tenth of these"
 
-    if not download and os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(AttributeError):  # a notebook's
-            sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
+    if first:
         what = f"{len(images.classes)} classes ({show(images.classes)})" if images.classes else ""
         what = what or "no labels"
         if images.pixels is not None:
