@@ -455,8 +455,11 @@ def of_others(args, state):
         build = lambda arch: resnet.build(arch, size, nn.BatchNorm2d)[0]
     else:
         mocov3 = importlib.import_module("mocov3_asym")
-        size = math.isqrt(positions.shape[1] - 1) * state["conv_proj.weight"].shape[-1]
-        archs, flags = mocov3.VITS, ["--img-size", str(size), "--arch"]
+        patch = state["conv_proj.weight"].shape[-1]
+        size = math.isqrt(positions.shape[1] - 1) * patch
+        archs = [arch for arch, sizes in mocov3.VITS.items() if sizes[0] == patch]
+        check(archs, f"{args.checkpoint}: a ViT of patches of {patch} px; known are 4 and 16")
+        flags = ["--img-size", str(size), "--arch"]
         build = lambda arch: mocov3.build_vit(mocov3.parse_args([*flags, arch]))[0]
 
     def shapes(tensors):  # without BN's counters of batches, which some files lack
@@ -618,8 +621,9 @@ def measure(args, net, task):
     say(f"{task.name}: {len(task.labels)} training images, {len(task.test_labels)} test, "
         f"{task.classes} classes\n  features: norm {task.test_x.norm(dim=1).mean():.4g}, standard "
         f"deviation per channel {task.test_x.std(0).mean():.4g}")
-    check(task.test_x.isfinite().all() and (task.x is None or task.x.isfinite().all()), "the "
-          f"features of {task.name} are not finite; are the weights, --mean and --std right?")
+    good = all(x is None or x.isfinite().all() for x in (task.x, task.test_x))
+    check(good and task.test_x.std(0).any(), f"the features of {task.name} are not finite, or all "
+          "the same; are the weights, --mean and --std right?")
     if args.save_features and rank() == 0:
         save_features(args.save_features, task)
 

@@ -226,6 +226,12 @@ class ViT(VisionTransformer):
     """torchvision's, with fixed positions that follow the size of the crop: (n, 3, s, s) -> (n, d),
     the class token after the last LayerNorm. s: a multiple of the patch size."""
 
+    def load_state_dict(self, state, *args):  # tensors do not tell the heads, but positions do
+        learned = state.get("encoder.pos_embedding", torch.zeros(1, 1))[:, 0].any()
+        if learned and self.encoder.layers[0].self_attention.head_dim != 64:
+            raise RuntimeError("it has learned positions, and heads of 64 channels with them")
+        return super().load_state_dict(state, *args)
+
     def forward(self, x):
         x = self.conv_proj(x)  # (n, d, grid, grid)
         grid, full = x.shape[3], self.image_size // self.patch_size

@@ -120,7 +120,10 @@ def read_image(path, shrink=None):
             ImageOps.exif_transpose(image, in_place=True)
 
         if image.mode[0] == "I":  # PIL would clip 16 bits at 255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            grey, clear = np.asarray(image), image.info.get("transparency")
+            image = Image.fromarray((grey / 257).round().astype(np.uint8))
+            if clear is not None:
+                image.putalpha(Image.fromarray(np.uint8(255) * (grey != clear)))
         if image.has_transparency_data:
             paper = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(paper, image.convert("RGBA"))
@@ -205,8 +208,9 @@ def splits(folder):
     other = [f for f in filled if f not in train + held]
     if len(train) == 1 and not other:
         return os.path.join(folder, train[0]), os.path.join(folder, held[0]) if held else ""
-    inside = {f for split in held for f in listing(os.path.join(folder, split))[0]}
-    if len(words) > 1 or len(train) > 1 or held and (not other or inside & {*other}):
+    inner = {f: {*listing(os.path.join(folder, f))[0]} for f in filled}
+    alike = any(inner[f] & {g, *inner[g]} for f in train + held for g in other)  # their classes
+    if len(words) > 1 or len(train) > 1 or held and not other or alike:
         raise DataError(f"--data {folder}: of {show(filled)}, what is to be trained on? Name one "
                         "folder, or leave one train/, and beside it only val/ or test/")
     inner = os.path.join(folder, *filled[:1])
@@ -359,12 +363,14 @@ def in_memory(images):
     if len(unread) * 2 > len(sample):
         raise DataError(f"{len(unread)} of {len(sample)} images looked at cannot be read, as "
                         f"{unread[0]!r} ({reason(unread[0])})")
+    lost["dark 16 bits, or fewer"] = sum(dark)
     if sum(dark) * 2 > len(dark):
         raise DataError(f"{first} and others have 16 bits, of which the upper ones are not used: "
                         "white is not known; save them with 8 bits")
     if max(values) - min(values) < 2:
         raise DataError(f"{first} and others are of one shade: values from {min(values)} to "
                         f"{max(values)}; wanted 0 to 255, and no transparency where there is image")
+    lost[f"values above {max(values)}"] = (max(values) < 128) * len(sample)
     lost = [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
     images = replace(images, left=[*lost, *images.left])
 

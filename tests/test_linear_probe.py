@@ -496,6 +496,9 @@ def test_vits_with_learned_positions_have_64_channels_a_head(names, tmp_path, ca
     assert (about["arch"], about["size"]) == ("vit_small", 64)
     x = torch.rand(2, 3, 64, 64, generator=rng(3))
     close(net(x), reference(normalised(x)), 1e-4, 1e-5)
+    torch.save(found | {k: torch.zeros(384, 3, 14, 14) for k in found if "proj.weight" in k
+                        and found[k].ndim == 4}, tmp_path / "patch.pth")
+    assert "a ViT of patches of 14 px; known" in refuse(capsys, tmp_path / "patch.pth", *FLAGS)
     said = refuse(capsys, path, "--data", "demo", *FLAGS, "--img-size", 128)
     assert "--img-size 128: the positions of" in said and "are learned, for 64 px" in said
 
@@ -911,6 +914,14 @@ def test_wrong_flags_and_data_are_refused_before_work(run_folder, tmp_path, caps
     assert "exclude each other" in refuse(capsys, run_folder, "--nproc", 2)
     written = {p.name for p in tmp_path.iterdir()} - {"loose", "one", "broken"}
     assert not written, written
+
+
+def test_features_that_are_all_the_same_are_no_result(run_folder, tmp_path, capsys):
+    zero = {k: 0 * v for k, v in torch.load(run_folder / "backbone.pth").items()}
+    torch.save(zero, tmp_path / "zero.pth")
+    said = refuse(capsys, tmp_path / "zero.pth", *flags("knn"), "--data", class_tree(tmp_path / "x"),
+                  "--img-size", 16, "--out", tmp_path / "out")
+    assert "/x are not finite, or all the same" in said
 
 
 def test_a_learning_rate_too_large_is_no_result(run_folder, tmp_path, capsys, monkeypatch):

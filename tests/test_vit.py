@@ -33,6 +33,16 @@ def test_positions(grid, full, dim):
         close(found[0, 1 + number], torch.tensor(expected), 0, 2e-5)
 
 
+def test_learned_positions_are_refused_with_other_heads(capsys):
+    """DINO's and torchvision's have 64 channels, which their tensors do not tell."""
+    net, _ = vit()
+    M.fit(net, net.state_dict(), "own")
+    learned = net.state_dict() | {"encoder.pos_embedding": torch.ones(1, 17, 96)}
+    with pytest.raises(SystemExit):
+        M.fit(net, learned, "theirs")
+    assert "theirs does not fit: it has learned positions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", [16, 8, 12])
 def test_it_is_torchvisions_with_these_positions_at_each_size(size):
     """torchvision's own forward pass knows one size; it gets the positions as its parameter."""
