@@ -550,9 +550,12 @@ def test_a_runs_network_is_that_of_its_own_script(run_folder, tmp_path, monkeypa
     assert "mine.py is not beside" in refuse(capsys, "run/last.pt", *flags("knn"))
 
 
-def test_export_writes_torchvisions_names_and_exits(run_folder, encoders, tmp_path, monkeypatch):
+def test_export_writes_torchvisions_names_and_exits(run_folder, encoders, tmp_path, monkeypatch,
+                                                    capsys):
     monkeypatch.chdir(tmp_path)
     main(run_folder, *FLAGS, "--export", "ours.pth")
+    said = capsys.readouterr().out  # what the file does not hold
+    assert "--mean 0.485 0.456 0.406  --std 0.229 0.224 0.225  --img-size 16" in said
     expected = torch.load(run_folder / "backbone.pth", weights_only=True)
     found = torch.load("ours.pth", weights_only=True)
     assert all(torch.equal(found[k], v) for k, v in expected.items())
