@@ -635,8 +635,8 @@ def lay_voc2007(root):
         for c, column in (("cat", [1, -1, 0]), ("dog", [-1, 1, 1])):
             rows = [f"{n} {column[i % 3]:2d}\n" for i, n in enumerate(names)]
             write(top / f"ImageSets/Main/{c}_{part}.txt", "".join(rows))
-        for name in names:
-            picture(top / f"JPEGImages/{name}.jpg")
+        for i, name in enumerate(names):
+            picture(top / f"JPEGImages/{name}.jpg", i)
             write(top / f"Annotations/{name}.xml", "<annotation/>")
     return 24, 12, 12, ["cat", "dog"]
 
@@ -645,8 +645,8 @@ def lay_dtd(root):
     for part in ("train", "val", "test"):
         names = spread("{c}/{part}{i}.jpg", part)
         write(root / f"dtd/dtd/labels/{part}1.txt", "\n".join(names) + "\n")
-        for name in names:
-            picture(root / f"dtd/dtd/images/{name}")
+        for i, name in enumerate(names):
+            picture(root / f"dtd/dtd/images/{name}", i)
     return 24, 12, 12, ["ant", "bee"]
 
 
