@@ -354,6 +354,8 @@ def load_backbone(args):
         names, state = find_backbone(found, args.encoder, path)
         net, arch, size = of_others(args, state)
     if not args.untrained:
+        whole = [k for k, v in state.items() if not v.is_floating_point() and "batches" not in k]
+        check(not whole, f"{path}: {whole[:1]} and others are integers; is it quantised?")
         fit(net, state, f"{path} (its {names}*; nearest is {arch})")
 
     mean = args.mean or run.get("mean", data.IMAGENET[0])

@@ -271,7 +271,7 @@ def load_npz(name):
             arrays |= file
         found = ", ".join(f"{k} {x.dtype} {x.shape}" for k, x in arrays.items()) or "nothing"
     except Exception as e:  # NumPy raises nearly anything on files that are something else
-        found = f"{type(e).__name__}: {e}"
+        arrays, found = {}, f"{type(e).__name__}: {e}"
 
     x, y = arrays.get("images", np.empty(0)), arrays.get("labels")
     grey = x.ndim == 3 and x.shape[2] > 4  # else one image in colour
@@ -332,7 +332,10 @@ def walk(folder, left=None):
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))  # no .ipynb_checkpoints
+        shown = sorted(f for f in folders if not f.startswith("."))  # no .ipynb_checkpoints
+        if hidden := len(folders) - len(shown):
+            left["hidden folder"] += hidden
+        folders[:] = shown
         for file in sorted(files):
             kind = "hidden" if file.startswith(".") else os.path.splitext(file)[1].lower()
             if kind in SUFFIXES:
@@ -358,7 +361,7 @@ def in_memory(images):
             lost["all frames but the first"] += getattr(image, "is_animated", False)
             lost["what is transparent: now white"] += image.has_transparency_data
             if re.search("^I|;16[BLN]", coding):  # grey; colours, of which PIL has the upper 8 bits
-                dark.append(pixels.max() < 128)
+                dark.append((pixels > 127).float().mean() < 1e-3)  # a dead pixel is white
     first = repr(os.fsdecode(images.paths[0]))
     if len(unread) * 2 > len(sample):
         raise DataError(f"{len(unread)} of {len(sample)} images looked at cannot be read, as "

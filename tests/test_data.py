@@ -125,6 +125,7 @@ def test_train_and_val(tmp_path, on_disk):
     ("up/train up/val", "up/ in it has splits.*use .*/up"),
     ("cup/train cup/test jar/train jar/test", "cup/ in it has splits.*use .*/cup"),
     ("a/1.png b/2.jfif b/3.HEIC a/4.heic b/.5.png", "left out: 2 .heic, 1 hidden$"),
+    ("a/1.png b/2.png .c/3.png", "left out: 1 hidden folder$"),
     ("a/1.png b/2.png c/3.heic", "(a, b).* left out: 1 .heic, c, a folder without images"),
     ("a/1.png b/2.png é.png", r"no labels, .*; no kNN; left out: labels, as \\xe9.png lies beside a"),
     ("a/1.png a/b/2.png", "labels, as all images are in a"), ("1.png", "there are no folders"),
@@ -232,10 +233,11 @@ def test_pixels_of_which_no_file_states_the_range(tmp_path, white, kind, suffix,
 
 
 def test_sets_of_which_most_images_are_dark_or_broken_or_all_of_one_shade_are_refused(tmp_path):
-    grey = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    grey = np.arange(4096, dtype=np.uint16).reshape(64, 64) // 64
     for i in range(9):
         Image.fromarray(grey * (60 if i < 4 else 900)).save(tmp_path / f"{i}.png")
     assert "dark 16 bits, or fewer, in 4 of 9 looked at" in load(str(tmp_path))[0].left
+    grey[0, 0] = 1090  # times 60: a dead pixel
     Image.fromarray(grey * 60).save(tmp_path / "8.png")
     with pytest.raises(DataError, match="0.png.*16 bits.*white is not known"):
         load(str(tmp_path))
@@ -350,7 +352,7 @@ EIGHT = np.full((4, 8, 8), 200, np.uint8)
     ({"images": EIGHT[:, None]}, "images uint8 (4, 1, 8, 8)"),
     ({"images": EIGHT, "labels": np.zeros(3, int)}, "labels int64 (3,)"),
     ({"images": EIGHT, "labels": np.zeros(4)}, "labels float64 (4,)"),
-    ({"images": np.array([None])}, "allow_pickle"), (b"text", "ValueError"),
+    ({"images": EIGHT, "labels": np.array(list("abcd"), object)}, "allow_pickle"), (b"text", "ValueError"),
     (b"PK\3\4 zip", "BadZipFile"), (None, "FileNotFoundError"),
 ])
 def test_npz_of_something_else(tmp_path, content, found):

@@ -920,6 +920,9 @@ def test_wrong_flags_and_data_are_refused_before_work(run_folder, tmp_path, caps
 
 
 def test_features_that_are_all_the_same_are_no_result(run_folder, tmp_path, capsys):
+    whole = {k: v.char() for k, v in torch.load(run_folder / "backbone.pth").items()}
+    torch.save(whole, tmp_path / "int8.pth")
+    assert "are integers; is it quantised?" in refuse(capsys, tmp_path / "int8.pth", *flags("knn"))
     zero = {k: 0 * v for k, v in torch.load(run_folder / "backbone.pth").items()}
     torch.save(zero, tmp_path / "zero.pth")
     said = refuse(capsys, tmp_path / "zero.pth", *flags("knn"), "--data", class_tree(tmp_path / "x"),
