@@ -698,8 +698,6 @@ def resume(args, about, model, optimizer):
                   if k not in MAY_DIFFER and old.get(k) != v]
         check(not differ, f"--out {out} holds another run ({', '.join(differ)}); use another, or "
               "--overwrite")
-        if old["data"] != args.data:
-            say(f"note: {out} began with --data {old['data']}, of the same names")
         if old["code"] != about["code"]:
             say(f"note: {script.name} or common/ changed since {out} began; --overwrite: anew")
             about["code"] = old["code"]
@@ -707,7 +705,7 @@ def resume(args, about, model, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         kept = [x for x in lines.read_text().splitlines() if x.endswith("}")]  # no half line
         kept = [x for x in kept if json.loads(x).get("step", 0) <= step]
-        say(f"  resuming at step {step}")
+        say(f"  resuming at step {step}, begun with --data {old['data']}")
     barrier()  # all have looked
 
     if rank() == 0:

@@ -352,7 +352,8 @@ EIGHT = np.full((4, 8, 8), 200, np.uint8)
     ({"images": EIGHT[:, None]}, "images uint8 (4, 1, 8, 8)"),
     ({"images": EIGHT, "labels": np.zeros(3, int)}, "labels int64 (3,)"),
     ({"images": EIGHT, "labels": np.zeros(4)}, "labels float64 (4,)"),
-    ({"images": EIGHT, "labels": np.array(list("abcd"), object)}, "allow_pickle"), (b"text", "ValueError"),
+    ({"images": EIGHT, "labels": np.array(list("abcd"), object)}, "allow_pickle"),
+    (b"text", "ValueError"),
     (b"PK\3\4 zip", "BadZipFile"), (None, "FileNotFoundError"),
 ])
 def test_npz_of_something_else(tmp_path, content, found):
