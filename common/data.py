@@ -174,8 +174,8 @@ def load(name, root="data", download=False):
         sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: a tenth of these"
 
     if first:
-        what = f"{len(images.classes)} classes ({show(images.classes)})" if images.classes else ""
-        what = what or "no labels"
+        n = len(images.classes)
+        what = f"{n} classes ({show(images.classes)})" if n else "no labels"
         if images.pixels is not None:
             what += ", {2} x {1} pixels".format(*images.pixels.shape[1:])
         print(f"data: {len(images)} images from {source}, {what}; {knn}; left out: "
@@ -208,8 +208,8 @@ def splits(folder):
     other = [f for f in filled if f not in train + held]
     if len(train) == 1 and not other:
         return os.path.join(folder, train[0]), os.path.join(folder, held[0]) if held else ""
-    inner = {f: {*listing(os.path.join(folder, f))[0]} for f in filled}
-    alike = any(inner[f] & {g, *inner[g]} for f in train + held for g in other)  # their classes
+    inside = {f: {*listing(os.path.join(folder, f))[0]} for f in filled}
+    alike = any(inside[f] & {g, *inside[g]} for f in train + held for g in other)  # in classes
     if len(words) > 1 or len(train) > 1 or held and not other or alike:
         raise DataError(f"--data {folder}: of {show(filled)}, what is to be trained on? Name one "
                         "folder, or leave one train/, and beside it only val/ or test/")
