@@ -21,13 +21,11 @@ encoder: --multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --
 """
 
 # ============================================================================== shared: imports
-import argparse
 import hashlib
 import json
 import math
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import replace
@@ -43,6 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import augment, data, knn, resnet
 from common.augment import View, rng
+from common.flags import amount, check, fraction, parser, positive, whole
 
 # ============================================================================== method: recipes
 from common.lars import LARS
@@ -444,25 +443,8 @@ MAY_DIFFER = {  # between a run and its continuation
     "out", "overwrite", "save_every", "show_views", "steps", "torch", "workers"}
 
 
-def number(kind, low, high=2**31 - 1):
-    """An argparse type: a number in [low, high]."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # for argparse's messages
-    return parse
-
-
-positive, whole = number(int, 1), number(int, 0)
-amount, fraction = number(float, 0), number(float, 0, 1)
-
-
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog=f"{METHOD}.py", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: check(False, f"{message}; --help lists the flags")
+    p = parser(f"{METHOD}.py", __doc__)
     flag = p.add_argument_group("recipe (defaults of imagenet, small and demo)").add_argument
     flag("--recipe", choices=("imagenet", "small", "demo"), help="default: by the images' size")
     for name, (*defaults, meaning) in RECIPES.items():
@@ -551,14 +533,6 @@ def check_launch(args):
           f"{here} process(es) here and {gpus} GPU(s): start fewer, or use --device cpu")
     if args.workers is None:
         args.workers = min(8, max(1, CORES // here))
-
-
-def check(good, message, alone=False):
-    """Ends the program with one line, without a traceback: once a node, or from who is alone."""
-    if not good:
-        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
 
 
 def say(message):
@@ -789,10 +763,8 @@ def launch(args, work):
     """work(args), here or in --nproc processes, as torchrun would start them, without restarts."""
     if args.nproc == 1:
         return guarded(work, args)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.spawn(child, (work, args, port), args.nproc, join=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = mp.spawn(child, (work, args, store.port), args.nproc, join=False)
 
     def pass_on(signum, frame):  # they save and exit, and this process waits
         for process in context.processes:
@@ -809,9 +781,9 @@ def launch(args, work):
 
 
 def child(index, work, args, port):
-    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(args.nproc),
-                      LOCAL_WORLD_SIZE=str(args.nproc), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(args.nproc),
+                   "LOCAL_WORLD_SIZE": str(args.nproc), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(max(1, CORES // args.nproc))
     guarded(work, args)
 

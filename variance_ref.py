@@ -30,7 +30,8 @@ import torch.nn.functional as F
 
 from common import data
 from common.augment import rng
-from mocov2_asym import check, check_launch, launch, load, number, positive, say, whole
+from common.flags import check, number, parser, positive, whole
+from mocov2_asym import check_launch, launch, load, say
 
 # ============================================================================== designs
 # Flags of the training scripts, the bags encoded, the paper's v (1e-4, Sec. 4), who gains. Two rows
@@ -315,9 +316,7 @@ def plot_theory(points, path):
 
 # ============================================================================== main
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="variance_ref.py", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: check(False, f"{message}; --help lists the flags")
+    p = parser("variance_ref.py", __doc__)
     flag = p.add_argument
     flag("checkpoint", nargs="?", help="a run's folder, its last.pt, asym-siam's or MoCo v2's file")
     flag("--data", help="default: the run's. Encoded are kNN's queries (val/), or all images")

@@ -1,0 +1,38 @@
+"""The command line: its parser, types of flags, and how a wrong one ends the program."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def parser(name, doc):
+    """An argparse parser that takes no abbreviations and ends in check()'s way."""
+    p = argparse.ArgumentParser(prog=name, description=doc, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: check(False, f"{message}; --help lists the flags")
+    return p
+
+
+def number(kind, low, high=2**31 - 1):
+    """An argparse type: a number in [low, high]."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's messages
+    return parse
+
+
+positive, whole = number(int, 1), number(int, 0)
+amount, fraction = number(float, 0), number(float, 0, 1)
+
+
+def check(good, message, alone=False):
+    """Unless good, ends the program with a line that says what was wrong, what was found and what
+    to do, exit code 2: one line a node, or from each process if it may be alone with it."""
+    if not good:
+        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
