@@ -199,6 +199,8 @@ class Encoder(nn.Module):
     def encode(self, views, parts, shuffle, track):
         """Encodings (v, n, d) of v views (n, 3, s, s). parts: BN sees so many parts, each apart."""
         x = torch.cat(views)  # view k of image i at k n + i
+        if self.bf16:
+            x = x.bfloat16()  # as autocast would before the first layer: half to gather
         if shuffle is not None:  # among the images of all processes, each part by itself
             size = len(x) * world_size() // parts
             orders = [k * size + torch.randperm(size, generator=shuffle) for k in range(parts)]
@@ -559,8 +561,8 @@ def train(args, about, model, sets, device):
 
 def check_groups(model, optimizer):
     """A parameter in no group would never be trained."""
-    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    left = [k for k, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]
+    grouped = {p for group in optimizer.param_groups for p in group["params"]}
+    left = [k for k, p in model.named_parameters() if p.requires_grad and p not in grouped]
     check(not left, f"in no group of the optimizer: {', '.join(left)}; see Method.optimizer()")
 
 
@@ -759,6 +761,7 @@ def guarded(work, args):
 def join_processes(args):
     """Joins the processes of torchrun or launch(), if there are; returns this one's device."""
     device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True  # views come in few sizes
     if "RANK" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
