@@ -81,7 +81,7 @@ def test_runs_of_1_2_and_4_processes_agree(
         same_state(tmp_path / "1", tmp_path / str(world), 1e-9, 1e-9)
 
 
-# ---- BatchNorm and collectives ----
+# ---- BatchNorm ----
 
 
 def norm_inputs(parts, shape, affine):
@@ -137,25 +137,6 @@ def test_batch_norm_is_a_loop_over_groups(pool, groups, parts, shape, affine):
             expected = [t[r::world].flatten(0, 1) for t in (y, dx)] + rest
             for a, b in zip([*ours[:2], *ours[2]], expected, strict=True):
                 assert torch.allclose(a, b, 1e-9, 1e-9)
-
-
-def collectives_job(x):
-    script = importlib.import_module("simclr_asym")
-    mine = part(x).clone().requires_grad_()
-    everyone = script.gather_with_gradient(mine)
-    everyone.sum(0).square().sum().backward()  # what each process calls its loss
-    there = script.gather(part(x)), everyone.detach(), x[script.mine()]
-    return *there, script.all_sum(part(x).sum(0)), mine.grad
-
-
-def test_gather_and_sums(pool):
-    x = torch.randn(8, 3, 2, generator=rng(3), dtype=torch.double).transpose(1, 2).flatten(1)
-    for world in (1, 2, 4):
-        results = pool.run(world, in_group, collectives_job, x)
-        for r, (gathered, everyone, mine, total, grad) in enumerate(results):
-            assert torch.equal(gathered, x) and torch.equal(everyone, x)  # in its order
-            assert torch.equal(mine, x[r::world]) and torch.allclose(total, x.sum(0))
-            assert torch.allclose(grad, world * 2 * x.sum(0).expand(8, -1)[r::world])
 
 
 # ---- resuming ----

@@ -25,70 +25,17 @@ def script(request):
     return importlib.import_module(getattr(request, "param", "mocov2_asym"))
 
 
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)  # rounding shall decide nothing
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def torchs_bn(like, x):
-    """An nn.BatchNorm with the parameters and statistics of another."""
-    bn = (nn.BatchNorm1d if x.ndim == 2 else nn.BatchNorm2d)(x.shape[1], affine=like.affine)
-    bn.load_state_dict(like.state_dict())
-    return bn
-
-
-def some_bn(script, groups, affine):
-    bn = script.BatchNorm(5, groups=groups, affine=affine)
-    for i, p in enumerate([*bn.parameters(), bn.running_mean, bn.running_var]):
-        nn.init.uniform_(p, 0.5, 1.5, generator=rng(i))
-    return bn
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("shape", [(24, 5), (24, 5, 3, 2), (24, 5, 1, 1)])
-@pytest.mark.parametrize("groups, parts, form", [
-    (1, 1, "plain"), (2, 1, "plain"), (3, 1, "plain"), (12, 1, "plain"), (1, 3, "plain"),
-    (4, 2, "plain"), (1, 1, "synchronised")])
-def test_batch_norm_is_a_loop_over_groups(script, groups, parts, form, shape, affine, double):
-    """Row i is image i // parts of part i mod parts; image k is in group k mod G. Output, running
-    statistics, gradients. The synchronised form on one process is BN; tests/test_processes.py."""
-    x = (2 + 3 * torch.randn(shape, generator=rng(1))).requires_grad_()
-    bn = some_bn(script, groups, affine)
-    loops = [torchs_bn(bn, x) for _ in range(groups * parts)]
-    expected = torch.zeros(shape)
-    for g in range(groups):
-        for part in range(parts):
-            rows = [i for i in range(24) if i % parts == part and i // parts % groups == g]
-            expected[rows] = loops[g * parts + part](x[rows])
-
-    bn.parts = parts
-    y = bn(x) if form == "plain" else script.SyncNorm.apply(
-        x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
-    close(y, expected, 1e-9, 1e-9)
-    for name in ("running_mean", "running_var"):
-        close(getattr(bn, name), sum(getattr(loop, name) for loop in loops) / len(loops), 1e-9)
-
-    weights = torch.randn(shape, generator=rng(2))
-    ours = torch.autograd.grad((y * weights).sum(), [x, *bn.parameters()])
-    theirs = [p for loop in loops for p in loop.parameters()]
-    theirs = torch.autograd.grad((expected * weights).sum(), [x, *theirs])
-    close(ours[0], theirs[0], 1e-9, 1e-9)
-    for i in range(2 * affine):
-        close(ours[1 + i], sum(theirs[1 + i :: 2]), 1e-9, 1e-9)
-
-
 @pytest.mark.parametrize("groups, affine", [(1, True), (4, True), (4, False)])
 def test_batch_norm_in_eval_mode_without_tracking_and_in_files(script, groups, affine):
+    """In training: tests/test_processes.py."""
     x = torch.randn(12, 5, 3, 3, generator=rng(3))
-    bn, theirs = some_bn(script, groups, affine), nn.BatchNorm2d(5, affine=affine)
-    before = {k: v.clone() for k, v in bn.state_dict().items()}
+    bn, theirs = script.BatchNorm(5, groups, affine), nn.BatchNorm2d(5, affine=affine).eval()
+    for i, p in enumerate([*bn.parameters(), bn.running_mean, bn.running_var]):
+        nn.init.uniform_(p, 0.5, 1.5, generator=rng(i))
+    theirs.load_state_dict(bn.state_dict())
     bn.track = False
     bn(x)
-    bn.track = True
-    close(bn.eval()(x), torchs_bn(bn, x).eval()(x))
-    assert all(torch.equal(v, before[k]) for k, v in bn.state_dict().items())
+    close(bn.eval()(x), theirs(x))
     described = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (bn, theirs)]
     assert described[0] == described[1] and isinstance(bn, nn.BatchNorm2d)
 
