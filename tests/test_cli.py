@@ -128,22 +128,24 @@ def test_help_dry_run_and_show_views(script, tmp_path, capsys):
     assert all(w in said for w in ("theta", "--mean-enc-src", "48 images", "M parameters", "chance"))
     more = "--show-views {v.png} --scalemix-src --multicrop-src --num-small 6 --asym-aug"
     module.main(small(script, tmp_path, more).split())
-    assert Image.open(tmp_path / "v.png").size == (9 * 98 + 2, 8 * 98 + 2)  # tests/test_data.py
+    pixels = np.asarray(Image.open(tmp_path / "v.png"))  # each in its place: tests/test_data.py
+    assert pixels.shape == (8 * 98 + 2, 9 * 98 + 2, 3)
     assert not (tmp_path / "out").exists()
 
 
-def test_other_data_and_the_recipe_by_their_size(tmp_path):
-    """A flat folder, which has no labels; arrays in a file; larger images."""
-    script = importlib.import_module("mocov2_asym")
-    images = np.random.default_rng(0).integers(256, size=(48, 24, 20, 3), dtype=np.uint8)
-    np.savez(tmp_path / "rgb.npz", images=images, labels=np.arange(48) % 3 + 5)
-    np.savez(tmp_path / "grey.npz", images=images[..., 0])
-    for data, labelled in (("{tree/class0}", False), ("{rgb.npz}", True), ("{grey.npz}", False)):
-        more = f"--data {data} --batch-size 16 --steps 1 --overwrite"
-        script.main(argv := small("mocov2_asym", tmp_path, more).split())
-        assert script.parse_args(argv).recipe == "small"
+def test_the_recipe_is_chosen_by_the_size_of_images(tmp_path):
+    """Not by the kind of source. A flat folder and a file of arrays have no labels here."""
+    script, sources = importlib.import_module("mocov2_asym"), {"small": [], "imagenet": []}
+    for recipe, size in (("small", 24), ("imagenet", 72)):
+        folder = class_tree(tmp_path / recipe, 48, (size,))
+        file = tmp_path / f"{recipe}.npz"
+        images = np.random.default_rng(0).integers(256, size=(48, 20, size), dtype=np.uint8)
+        np.savez(file, images=images)
+        sources[recipe] += [folder, folder / "class0", file]
+    for recipe, names in sources.items():
+        assert {script.parse_args(["--data", str(x)]).recipe for x in names} == {recipe}
+    for name in sources["small"][1:]:
+        more = f"--data {name} --batch-size 16 --steps 1 --overwrite"
+        script.main(small("mocov2_asym", tmp_path, more).split())
         last = log_lines(tmp_path / "out")[-1]
-        assert last["step"] == 1 and last["v_src"] > 0 and ("knn" in last) == labelled
-
-    large = class_tree(tmp_path / "large", 9, (72,))
-    assert script.parse_args(["--data", str(large)]).recipe == "imagenet"
+        assert last["step"] == 1 and last["v_src"] > 0 and "knn" not in last

@@ -40,15 +40,6 @@ def test_batch_norm_in_eval_mode_without_tracking_and_in_files(script, groups, a
     assert described[0] == described[1] and isinstance(bn, nn.BatchNorm2d)
 
 
-def test_small_crops_leave_nothing_behind_in_batch_norm(script):
-    """A call of the backbone after a step with small crops is as before it."""
-    source = build(script, small_args(script)).source
-    x = torch.randn(16, 3, 16, 16, generator=rng(1))
-    before = source.backbone(x)
-    source([[x], [x[..., :8, :8]], [x[..., 8:, 8:]]], track=False)
-    assert torch.equal(source.backbone(x), before)
-
-
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("groups", [0, 1, 2, 4])
 def test_an_encoder_is_a_loop_over_bags_and_groups(script, groups, shuffled, double):
