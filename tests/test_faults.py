@@ -226,18 +226,11 @@ def test_changed_code_says_so_and_goes_on(tree, tmp_path, capsys, monkeypatch, c
 
 def test_init_starts_both_backbones_from_a_file(tree, tmp_path, monkeypatch):
     script.main(argv(tree, tmp_path / "a", "--steps 2"))
-    weights = torch.load(tmp_path / "a" / "backbone.pth", weights_only=True)
+    weights, seen = torch.load(tmp_path / "a" / "backbone.pth", weights_only=True), []
     torch.save({**weights, "fc.weight": torch.ones(2, 2)}, tmp_path / "torchvision.pth")
-    del weights["conv1.weight"]
-    torch.save(weights, tmp_path / "part.pth")
-    line = lambda name: argv(tree, tmp_path / "b", f"--init {tmp_path / name}")
-    assert "conv1.weight" in refusal(SCRIPT, line("part.pth"))
-    assert "cannot be read" in refusal(SCRIPT, line("nothing.pth"))
-
-    seen = []
     monkeypatch.setattr(script, "train", lambda args, about, model, *_: seen.append(model))
     for name in ("a/backbone.pth", "torchvision.pth"):
-        script.main(line(name))
+        script.main(argv(tree, tmp_path / "b", f"--init {tmp_path / name}"))
         for encoder in (seen[-1].source, seen[-1].target):
             found = encoder.backbone.state_dict()
             assert all(torch.equal(found[k], weights[k]) for k in weights)

@@ -686,7 +686,7 @@ def test_a_probe_and_its_folder(protocol, more, run_folder, tmp_path, capsys):
     main(*argv)
     out = capsys.readouterr().out
     for told in ("source encoder", "arch tiny", "dim 128", "size 16", f"protocol {protocol}"):
-        assert told in out
+        assert told in out and "note" not in out
     assert ("lr 0.3 x 16/256 = 0.01875" in out) == ("--lr 0.3" in more)
     found, rule = result(tmp_path), "lr search" if "--lr-sweep" in more else "fixed"
     assert found["rule"] == ("l2 search" if protocol == "lbfgs" else rule)
@@ -918,7 +918,6 @@ def test_a_run_whose_images_have_changed_is_noted(run_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
     about = json.loads((folder / "args.json").read_text())
-    for names, said in ((about["names"], 0), ("other", 1)):
-        (folder / "args.json").write_text(json.dumps(about | {"names": names}))
-        main(folder, *flags("knn"), "--out", tmp_path / str(said))
-        assert capsys.readouterr().out.count("has other training images now") == said
+    (folder / "args.json").write_text(json.dumps(about | {"names": "other"}))
+    main(folder, *flags("knn"), "--out", tmp_path / "out")
+    assert capsys.readouterr().out.count("has other training images now") == 1
