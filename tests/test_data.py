@@ -6,9 +6,11 @@ import itertools
 import multiprocessing
 import os
 import re
+import signal
 import struct
 import sys
 import tarfile
+import time
 import zlib
 from dataclasses import replace
 from types import SimpleNamespace
@@ -476,6 +478,22 @@ def test_show_views(tmp_path):
             assert (tile - (x[row] / 4 + 0.5)).abs().max() < 1 / 255
     with pytest.raises(DataError, match="--show-views.*nothing"):
         data.show_views(tmp_path / "views.nothing", images, plan, 0)
+
+
+def test_signals_do_not_end_a_worker_at_once(monkeypatch):
+    """As the training process has a step to finish; but SIGTERM surely, or its exit could hang."""
+    alarm = lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds / 30)
+    monkeypatch.setattr(signal, "alarm", alarm)
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    worker = fork.Process(target=lambda: (data.begin_worker(0), ready.set(), time.sleep(20)))
+    worker.start(), ready.wait(10)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    worker.join(0.4)
+    assert worker.is_alive()
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGALRM
 
 
 # ---- named data sets ----

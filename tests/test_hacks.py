@@ -74,6 +74,13 @@ def test_a_hack_is_short_and_trains(hacked, request, tmp_path):
         assert len(before) == 3 and before != losses
 
 
+def first_loss(script, flags="", step=0, swap=False):
+    args = small_args(script, flags)
+    src, tgt, generator = views_of(script, args, step)
+    src, tgt = (tgt, src) if swap else (src, tgt)
+    return build(script, args)(src, tgt, 0.0, generator)[0].item()
+
+
 @of("mean_after_normalising")
 def test_the_mean_is_that_of_unit_vectors(hacked):
     script, _ = hacked
@@ -107,37 +114,29 @@ def test_the_positive_is_not_in_the_denominator(hacked):
 @of("random_swap_of_views")
 def test_the_views_of_some_steps_are_swapped(hacked):
     script, plain = hacked
-    args, swapped = small_args(script), 0
+    swapped = 0
     for step in range(6):
-        losses = []
-        for module in (script, plain, plain):
-            src, tgt, generator = views_of(module, args, step)
-            src, tgt = (tgt, src) if len(losses) == 2 else (src, tgt)
-            losses.append(build(module, args)(src, tgt, 0.0, generator)[0].item())
-        assert losses[0] in losses[1:] and losses[1] != losses[2]
-        swapped += losses[0] == losses[2]
+        loss = first_loss(script, step=step)
+        both = [first_loss(plain, step=step, swap=swap) for swap in (False, True)]
+        assert loss in both and both[0] != both[1]
+        swapped += loss == both[1]
     assert 0 < swapped < 6
 
 
 @of("vicreg_variance_term")
 def test_the_term_is_the_hinge_on_the_spread(hacked):
-    losses = []
-    for module in hacked:
-        args = small_args(module)
-        src, tgt, generator = views_of(module, args)
-        losses.append(build(module, args)(src, tgt, 0.0, generator)[0].item())
-    z = build(module, args).source(src)[0].detach().double().numpy()
+    script, plain = hacked
+    args = small_args(script)
+    z = build(script, args).source(views_of(script, args)[0])[0].detach().double().numpy()
     hinge = np.maximum(0, 1 - np.sqrt(z.var(0, ddof=1) + 1e-4)).mean()
-    assert hinge > 0.01 and losses[0] - losses[1] == pytest.approx(hinge, rel=1e-3)
+    added = first_loss(script) - first_loss(plain)
+    assert hinge > 0.01 and added == pytest.approx(hinge, rel=1e-3)
 
 
 @of("learnable_temperature")
 def test_the_temperature_begins_at_the_flag_and_learns(hacked, tmp_path):
-    losses = []
-    for module in hacked:
-        args = small_args(module, "--temperature 0.3")
-        losses.append(build(module, args)(*views_of(module, args)[:2], 0.9, rng(1))[0].item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    ours, plain = (first_loss(script, "--temperature 0.3") for script in hacked)
+    assert ours == pytest.approx(plain, rel=1e-6)
     train(hacked[0], "", class_tree(tmp_path / "images"), tmp_path / "run", "--temperature 0.3")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     assert 1e-6 < abs(state["log_temperature"] - np.log(0.3)) < 0.5

@@ -43,10 +43,9 @@ def run(pool, world, *line):
     assert ends == [(0, "")] * world, ends
 
 
-def same_logs(a, b):
-    a, b = log_lines(a), log_lines(b)
-    assert [line["step"] for line in a] == [line["step"] for line in b]
-    for x, y in zip(a, b, strict=True):
+def same(a, b):
+    same_state(a, b, 1e-9, 1e-9)
+    for x, y in zip(log_lines(a), log_lines(b), strict=True):
         assert x == pytest.approx(y, rel=1e-9, abs=1e-12), x["step"]
 
 
@@ -77,8 +76,7 @@ def test_runs_of_1_2_and_4_processes_agree(
     losses = [line["loss"] for line in log_lines(tmp_path / "1") if "loss" in line]
     assert len(set(losses)) == 2  # it moves
     for world in worlds[1:]:
-        same_logs(tmp_path / "1", tmp_path / str(world))
-        same_state(tmp_path / "1", tmp_path / str(world), 1e-9, 1e-9)
+        same(tmp_path / "1", tmp_path / str(world))
 
 
 # ---- BatchNorm ----
@@ -196,8 +194,7 @@ def test_a_run_continues_on_two_processes_and_back_on_one(pool, tree, tmp_path):
         ends = pool.run(world, disturbed, "mocov2_asym", line, stop, deaf, dtype=torch.float64)
         assert [ended for ended, _ in ends] == [code] * world
         assert saved(cut)["step"] == (6 if stop is None else stop + 1)
-    same_logs(whole, cut)
-    same_state(whole, cut, 1e-9, 1e-9)
+    same(whole, cut)
 
 
 def test_float32_runs_too_and_each_process_has_seeds_of_its_own(pool, tree, tmp_path):
