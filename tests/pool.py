@@ -58,9 +58,9 @@ def build(script, args):
     return script.Method(args)
 
 
-def views_of(script, args, step=0, images=None):
+def views_of(script, args, step=0):
     """A step's views, as the training loop makes them, and the generator for the forward pass."""
-    images, n = images or small_images(), args.batch_size
+    images, n = small_images(), args.batch_size
     batches = [(step, torch.arange(step * n, (step + 1) * n) % len(images))]
     (src, tgt), generator = next(script.views(args, images, batches, torch.device("cpu")))
     return src, tgt, generator
@@ -188,18 +188,6 @@ def refusal(script, line):
     code, said = call(script, line)
     assert code == 2 and said.count("\n") == 1 and said.startswith(f"{script}: "), (code, said)
     return said
-
-
-def in_group(function, *args):
-    """function(*args) in a process group, where there is one to join."""
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    return function(*args)
-
-
-def part(x):
-    """This process's rows of a global batch."""
-    return x[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
 
 
 def close(a, b, rtol=1e-5, atol=1e-6):
