@@ -1,5 +1,6 @@
 """What several tests share: flags and images of tiny runs, a step's views, a pool of processes."""
 
+import contextlib
 import importlib
 import io
 import json
@@ -57,9 +58,9 @@ def build(script, args):
     return script.Method(args)
 
 
-def views_of(script, args, step=0, images=None):
+def views_of(script, args, step=0):
     """A step's views, as the training loop makes them, and the generator for the forward pass."""
-    images, n = images or small_images(), args.batch_size
+    images, n = small_images(), args.batch_size
     batches = [(step, torch.arange(step * n, (step + 1) * n) % len(images))]
     (src, tgt), generator = next(script.views(args, images, batches, torch.device("cpu")))
     return src, tgt, generator
@@ -94,6 +95,17 @@ def tensors(state, prefix=""):
     return {prefix: torch.as_tensor(state)} if isinstance(state, (torch.Tensor, int, float)) else {}
 
 
+def same_state(a, b, limit=0.0, running=0.0):
+    """Two runs left the same weights, queue and state of the optimiser, up to the relative error
+    limit; running: that of running statistics, which are means over processes."""
+    a, b = tensors(saved(a)), tensors(saved(b))
+    assert a.keys() == b.keys() and len(a) > 100
+    for k, x in a.items():
+        if not k.startswith("/args"):
+            x, y, most = x.double(), b[k].double(), running if "running_" in k else limit
+            assert (x - y).norm() <= most * (x.norm() + 1e-3), k
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -124,7 +136,7 @@ class Pool:
         except queue.Empty:
             self.close()  # what is left of the job would disturb the next
             raise TimeoutError(f"of {world} processes, only {sorted(found)} returned") from None
-        errors, blobs, self.stderr = zip(*(found[r] for r in range(world)), strict=True)
+        errors, blobs = zip(*(found[r] for r in range(world)), strict=True)
         if any(errors):
             raise RuntimeError("\n".join(f"process {r}: {e}" for r, e in enumerate(errors) if e))
         return [torch.load(io.BytesIO(blob)) for blob in blobs]
@@ -144,7 +156,7 @@ def worker(jobs, results):
             function, args, r, world, port, dtype = jobs.get(timeout=10)
         except queue.Empty:
             continue
-        sys.stderr, error, blob = io.StringIO(), None, io.BytesIO()
+        error, blob = None, io.BytesIO()
         torch.set_default_dtype(dtype)
         launched = dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world),
                         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -155,28 +167,27 @@ def worker(jobs, results):
                 error = traceback.format_exc()
             if dist.is_initialized():
                 dist.destroy_process_group()
-        results.put((r, (error, blob.getvalue(), sys.stderr.getvalue())))
+        results.put((r, (error, blob.getvalue())))
 
 
-def train(method, argv):
-    """A run of a script in this process; returns its exit code."""
-    try:
-        importlib.import_module(method).main(argv.split())
-    except SystemExit as e:
-        return e.code
-    return 0
+def call(script, line):
+    """The exit code of a command, run in this process, and what it says on stderr. line: a string
+    or words."""
+    words = line.split() if isinstance(line, str) else list(map(str, line))
+    with (mock.patch.object(sys, "argv", [f"{script}.py"]),
+          contextlib.redirect_stderr(io.StringIO()) as said):
+        try:
+            code = importlib.import_module(script).main(words) or 0
+        except SystemExit as e:
+            code = e.code
+    return code, said.getvalue()
 
 
-def in_group(function, *args):
-    """function(*args) in a process group, where there is one to join."""
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    return function(*args)
-
-
-def part(x):
-    """This process's rows of a global batch."""
-    return x[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+def refusal(script, line):
+    """What a command that must not work says: one line, exit code 2."""
+    code, said = call(script, line)
+    assert code == 2 and said.count("\n") == 1 and said.startswith(f"{script}: "), (code, said)
+    return said
 
 
 def close(a, b, rtol=1e-5, atol=1e-6):

@@ -19,13 +19,7 @@ from common.data import HALF
 RECIPES = {"V2": A.V2, "strong": A.strong(A.V2), "weak": A.weak(A.V2), "BYOL1": A.BYOL1,
            "BYOL2": A.BYOL2, "SIMCLR": A.SIMCLR, "strong SIMCLR": A.strong(A.SIMCLR)}
 
-
-@pytest.fixture(autouse=True)
-def double():
-    """In float64, true equalities hold to 1e-9, whatever the machine."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def close(a, b, atol=1e-9):

@@ -1,28 +1,18 @@
-"""The command line as users meet it: wrong input, and what a run leaves.
-
-    python tests/test_cli.py          wrong input, message and exit code, as a table in Markdown
-"""
+"""The command line as users meet it: wrong input, and what a run leaves."""
 
 import importlib
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-from unittest.mock import patch
 
-import conftest  # noqa: F401
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
-from pool import ROOT, SCRIPTS, SMALL, class_tree, log_lines
+from pool import ROOT, SCRIPTS, SMALL, call, class_tree, refusal
 
 TINY = SMALL.replace("--recipe small ", "") + " --device cpu --data {tree} --out {out}"
 WRONG = [  # flags, what the one line says of them, and the scripts if not all six
@@ -38,13 +28,15 @@ WRONG = [  # flags, what the one line says of them, and the scripts if not all s
     ("--nproc 3 --bn-groups 8", "use 3, or 1 (SyncBN)"),
     ("--nproc 3 --bn-groups 1", "use 15 or 18"),
     ("--asym-bn --bn-groups 1", "add --bn-groups 8"),
-    ("RANK=0 --nproc 2", "exclude each other"),
     ("--device cuda", "use --device cpu"),
     ("--ema 1.5", "give 0 to 1", "mocov2 mocov3 byol"),
     ("--temperature 0", "give more than 0", "mocov2 mocov3 simclr"),
     ("--vanilla-head --asym-bn", "add --bn-scope all", "mocov2"),
     ("--no-stop-grad-conv1", "ViTs only", "mocov3"),
-    ("--arch vit_tiny --img-size 30", "use 28", "mocov3"),
+    ("--arch vit_tiny --img-size 30", "vit_tiny's 4 px patches; use 28", "mocov3"),
+    ("--arch vit_small --img-size 100", "use 96", "mocov3"),
+    ("--arch vit_tiny --multicrop-src --small-size 18", "views of 18 px", "mocov3"),
+    ("--arch vit_tiny --asym-bn --bn-scope all", "drop --bn-scope", "mocov3"),
     ("--symmetrize --mean-enc 2", "or --mean-enc", "mocov3 simclr byol simsiam barlow"),
     ("--symmetrize --bn-groups 8", "drop --bn-groups", "simclr"),
     ("--data nowhere", "cifar10"),
@@ -58,19 +50,6 @@ WRONG = [  # flags, what the one line says of them, and the scripts if not all s
 ]
 
 
-def call(script, line):
-    """A command line's exit code and what it says on stderr, run in this process."""
-    given = dict(w.split("=") for w in line.split() if w[0].isupper())  # as a shell takes them
-    argv = [w for w in line.split() if not w[0].isupper()]
-    with (patch.dict(os.environ, given), patch.object(sys, "argv", [f"{script}.py"]),
-          redirect_stderr(io.StringIO()) as said, redirect_stdout(io.StringIO())):
-        try:
-            code = importlib.import_module(script).main(argv) or 0
-        except SystemExit as e:
-            code = e.code
-    return code, said.getvalue()
-
-
 def small(script, folder, more=""):
     """The command line of a small run; names in braces are below the folder, where some data are,
     and what only looks like data."""
@@ -82,22 +61,17 @@ def small(script, folder, more=""):
     return re.sub(r"\{(\S+)\}", rf"{folder}/\1", f"{TINY} {SCRIPTS[script]} {more}")
 
 
-def wrong(script, folder):
-    """(flags, code, stderr, what it should say) for each of the script's rows of WRONG."""
-    assert call(script, small(script, folder, "--steps 1 --seed 1 --out {another}")) == (0, "")
-    for flags, says, *scripts in WRONG:
-        if "cuda" in flags and torch.cuda.is_available():
-            continue
-        if not scripts or script.removesuffix("_asym") in scripts[0]:
-            yield flags, *call(script, small(script, folder, flags)), says
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_input_ends_in_one_line_before_any_work(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for flags, code, said, says in wrong(script, tmp_path):
-        good = code == 2 and said.count("\n") == 1 and said.startswith(script) and says in said
-        assert good, (flags, code, said)
+    assert call(script, small(script, tmp_path, "--steps 1 --seed 1 --out {another}")) == (0, "")
+    for flags, says, *scripts in WRONG:
+        if "cuda" in flags and torch.cuda.is_available():
+            continue
+        if not scripts or script.removesuffix("_asym") in scripts[0].split():
+            assert says in refusal(script, small(script, tmp_path, flags)), flags
+    monkeypatch.setenv("RANK", "0")
+    assert "exclude each other" in refusal(script, small(script, tmp_path, "--nproc 2"))
     assert not (tmp_path / "out").exists() and not (tmp_path / "runs").exists()
 
 
@@ -126,9 +100,11 @@ def test_a_run_leaves_its_folder_and_the_same_command_adds_nothing(script, runs,
                             "backbone_target.pth", f"{script}.py"}
     first, *lines = map(json.loads, files["log.jsonl"].splitlines())
     assert first["command"] == commands[script] and [x["step"] for x in lines] == [*range(7)]
-    keys = "epoch loss chance lr m std_src std_tgt grad_norm img_s data_frac mem_gb eta_s bad_images"
-    assert all({*keys.split()} <= set(x) for x in lines[1:])
-    assert {"knn", "v_src", "v_tgt"} <= set(lines[0]) & set(lines[-1])
+    assert first["method"] == script and first["torch"] == torch.__version__
+    keys = {*"step epoch loss chance lr m std_src std_tgt grad_norm img_s data_frac mem_gb eta_s "
+            "bad_images".split()}
+    assert all(keys == x.keys() for x in lines[1:-1])
+    assert {"knn", "v_src", "v_tgt"} == lines[-1].keys() - keys == lines[0].keys() - keys
 
     about = json.loads(files["args.json"])
     assert about["method"] == script and about["format"] == 3 and about["img_size"] == 16
@@ -152,39 +128,17 @@ def test_help_dry_run_and_show_views(script, tmp_path, capsys):
     assert all(w in said for w in ("theta", "--mean-enc-src", "48 images", "M parameters", "chance"))
     more = "--show-views {v.png} --scalemix-src --multicrop-src --num-small 6 --asym-aug"
     module.main(small(script, tmp_path, more).split())
-    pixels = np.asarray(Image.open(tmp_path / "v.png"))
-    assert pixels.shape == (8 * 98 + 2, 9 * 98 + 2, 3)  # a large view, six small, a gap, the target
-    assert (pixels[2:98, 7 * 98 + 2 : 8 * 98] == 255).all() and not (tmp_path / "out").exists()
+    pixels = np.asarray(Image.open(tmp_path / "v.png"))  # each in its place: tests/test_data.py
+    assert pixels.shape == (8 * 98 + 2, 9 * 98 + 2, 3)
+    assert not (tmp_path / "out").exists()
 
 
-def test_other_data_and_the_recipe_by_their_size(tmp_path):
-    """A flat folder, which has no labels; arrays in a file; larger images, and what a ResNet learned
-    on them loads into torchvision's."""
-    script = importlib.import_module("mocov2_asym")
-    images = np.random.default_rng(0).integers(256, size=(48, 24, 20, 3), dtype=np.uint8)
-    np.savez(tmp_path / "rgb.npz", images=images, labels=np.arange(48) % 3 + 5)
-    np.savez(tmp_path / "grey.npz", images=images[..., 0])
-    for data, labelled in (("{tree/class0}", False), ("{rgb.npz}", True), ("{grey.npz}", False)):
-        more = f"--data {data} --batch-size 16 --steps 1 --overwrite"
-        script.main(argv := small("mocov2_asym", tmp_path, more).split())
-        assert script.parse_args(argv).recipe == "small"
-        last = log_lines(tmp_path / "out")[-1]
-        assert last["step"] == 1 and last["v_src"] > 0 and ("knn" in last) == labelled
-
-    large = class_tree(tmp_path / "large", 9, (72,))
-    assert script.parse_args(["--data", str(large)]).recipe == "imagenet"
-    more = f"--data {large} --arch resnet18 --img-size 72 --batch-size 8 --bn-groups 2 --overwrite"
-    script.main(small("mocov2_asym", tmp_path, f"{more} --steps 1 --knn-every 0").split())
-    weights = torch.load(tmp_path / "out" / "backbone.pth", weights_only=True)
-    keys = torchvision.models.resnet18().load_state_dict(weights, strict=False)
-    assert not keys.unexpected_keys and set(keys.missing_keys) == {"fc.weight", "fc.bias"}
-
-
-if __name__ == "__main__":
-    rows = {"": "| wrong input | message | exit code |\n|---|---|---|"}
-    for script in SCRIPTS:
-        with tempfile.TemporaryDirectory() as folder:
-            for flags, code, said, _ in wrong(script, Path(folder)):
-                said, shown = said.strip().replace(f"{folder}/", ""), re.sub("[{}]", "", flags)
-                rows.setdefault(flags, f"| `{shown}` | {said:.200} | {code} |")
-    print("\n".join(rows.values()))
+@pytest.mark.parametrize("recipe, size", [("small", 24), ("imagenet", 72)])
+def test_the_recipe_is_chosen_by_the_size_of_images(recipe, size, tmp_path):
+    """Not by the kind of source."""
+    folder, file = class_tree(tmp_path / "images", 9, (size,)), tmp_path / "images.npz"
+    images = np.random.default_rng(0).integers(256, size=(9, 20, size), dtype=np.uint8)
+    np.savez(file, images=images)
+    parse_args = importlib.import_module("mocov2_asym").parse_args
+    for name in (folder, folder / "class0", file):
+        assert parse_args(["--data", str(name)]).recipe == recipe

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from pool import SCRIPTS, log_lines
-from test_cli import call, small
+from pool import SCRIPTS, call, log_lines
+from test_cli import small
 
 VALUES = {  # those that a user may mean, and those that he may not
     "arch": "tiny tiny resnet18 resnet10 vit", "img_size": "8 16 17 0", "epochs": "1 2 100000",

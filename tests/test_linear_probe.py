@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from pool import Pool, class_tree, close, pictures
+from pool import class_tree, close, pictures, refusal
 
 import linear_probe as probe
 import mocov2_asym
@@ -36,29 +36,12 @@ RUN = ("--recipe small --arch tiny --img-size 16 --batch-size 16 --bn-groups 2 -
        "--hidden 16 --workers 0 --epochs 1 --steps 2 --knn-every 0 --device cpu").split()
 
 
-@pytest.fixture(autouse=True)
-def restored(monkeypatch):
-    """The command's name, and the handlers of signals, as they were."""
-    monkeypatch.setattr(sys, "argv", ["linear_probe.py"])
-    before = {number: signal.getsignal(number) for number in mocov2_asym.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory):
     """A run's folder: a tiny network, 16 px, two steps on three classes of 24 px."""
     root = tmp_path_factory.mktemp("probe")
     mocov2_asym.main(["--data", str(class_tree(root / "images", 60)), "--out", f"{root}/run", *RUN])
     return root / "run"
-
-
-@pytest.fixture(scope="session")
-def pool():
-    pool = Pool(2)
-    yield pool
-    pool.close()
 
 
 def main(*argv):
@@ -70,14 +53,8 @@ def flags(protocol):
 
 
 def refuse(capsys, *argv):
-    """The one line with which the probe refuses."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(*argv)
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.startswith("linear_probe"), (stopped.value, err)
-    assert err.count("\n") == 1, err
-    return err
+    return refusal("linear_probe", argv)
 
 
 def result(out):
@@ -224,13 +201,14 @@ def newton(x, labels, classes, l2):
     return value(v).item(), v[:, :d]
 
 
-@pytest.mark.parametrize("multi, d, l2", [(False, 5, 100.0), (False, 5, 0.7), (True, 5, 0.7),
-                                          (False, 30, 1e-4), (False, 30, 1e-6), (True, 30, 1e-6)])
-def test_lbfgs_reaches_the_optimum(multi, d, l2):
+@pytest.mark.parametrize("multi, d, l2, scale", [
+    (False, 5, 100.0, 1), (False, 5, 0.7, 1), (True, 5, 0.7, 1), (False, 5, 7e3, 100),
+    (False, 30, 1e-4, 1), (False, 30, 1e-6, 1), (True, 30, 1e-6, 1)])
+def test_lbfgs_reaches_the_optimum(multi, d, l2, scale):
     """With 30 channels the classes can be separated, and only the penalty bounds w: from zero
     and from the fit at the next stronger l2, as in the search."""
     task = problem(d=d)
-    x, labels = task.x.double(), task.labels
+    x, labels = scale * task.x.double(), task.labels
     if multi:
         labels = torch.randint(-1, 2, (90, 3), generator=rng(5))
         labels = torch.where(labels < 0, labels, F.one_hot(task.labels, 3)) if d == 30 else labels
@@ -244,13 +222,11 @@ def test_lbfgs_reaches_the_optimum(multi, d, l2):
         assert (fit.w - w).norm() < 0.02 * w.norm()
 
 
-def test_a_fit_starts_at_another_knows_no_scale_and_says_whether_it_is_solved(tmp_path, capsys):
+def test_a_fit_starts_at_another_and_says_whether_it_is_solved(capsys):
     task = problem()
     x, labels = task.x.double(), task.labels
     cold = probe.fit_l2(x, labels, 3, 0.1)
     assert probe.fit_l2(x, labels, 3, 0.1, cold).iterations <= 5 < cold.iterations
-    close(probe.fit_l2(100 * x, labels, 3, 0.1 * 100**2).w * 100, cold.w, 1e-3, 1e-4)
-    close(probe.fit_l2(x.repeat(2, 1), labels.repeat(2), 3, 0.2).w, cold.w, 1e-2, 1e-3)
     for most, words in ((100, ""), (5, "did not converge in --max-iter 5")):
         probe.lbfgs_probe(args_of("--max-iter", most), task)
         said = capsys.readouterr().out
@@ -281,12 +257,6 @@ def test_11_point_average_precision_by_hand():
     map11 = transfer.map11
     ten = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1])[:, None]  # recall 0.3 exactly at rank 3
     assert map11(-torch.arange(11.0)[:, None], ten) == pytest.approx((4 + 7 * 10 / 11) / 11)
-
-
-def test_multi_label_loss_leaves_out_what_does_not_count():
-    logits, labels = torch.tensor([[2.0, -1, 0.5]]), torch.tensor([[1, 0, -1]])
-    loss = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))
-    close(probe.losses(logits, labels), torch.tensor([loss]))
 
 
 # ---- published checkpoints ----
@@ -440,67 +410,44 @@ def timm_names(state):
     return out
 
 
-def timm_forward(p, x, heads):
-    """timm's ViT on images x of one patch size, written from its description: pre-norm attention
-    with one matrix for q, k and v, pre-norm MLP, the class token after a last LayerNorm."""
-    patch, d = p["patch_embed.proj.weight"].shape[-1], p["cls_token"].shape[2]
-    norm = lambda y, name: F.layer_norm(y, (d,), p[f"{name}.weight"], p[f"{name}.bias"], 1e-6)
-    linear = lambda y, name: F.linear(y, p[f"{name}.weight"], p[f"{name}.bias"])
-    x = F.conv2d(x, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], patch)
-    x = x.flatten(2).transpose(1, 2)
-    x = torch.cat([p["cls_token"].expand(len(x), -1, -1), x], 1) + p["pos_embed"]
-    for i in range(sum(k.endswith("norm1.bias") for k in p)):
-        qkv = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv")
-        q, k, v = qkv.unflatten(2, (3, heads, d // heads)).permute(2, 0, 3, 1, 4)
-        y = ((q @ k.transpose(2, 3)) / math.sqrt(d // heads)).softmax(3) @ v
-        x = x + linear(y.transpose(1, 2).flatten(2), f"blocks.{i}.attn.proj")
-        y = F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
-        x = x + linear(y, f"blocks.{i}.mlp.fc2")
-    return norm(x, "norm")[:, 0]
-
-
-@pytest.mark.parametrize("arch, size", [("vit_small", 32), ("vit_tiny", 16)])
-def test_vits_of_moco_v3_are_the_network_that_timm_has(arch, size, tmp_path, capsys):
+@pytest.mark.parametrize("names, arch, size, patch, layers, heads", [
+    ("MoCo v3's", "vit_small", 32, 16, 12, 12), ("MoCo v3's", "vit_tiny", 16, 4, 4, 3),
+    ("DINO's", "vit_small", 64, 16, 12, 6), ("torchvision's", "vit_small", 64, 16, 12, 6)])
+def test_vits_are_the_networks_of_those_who_publish_them(names, arch, size, patch, layers, heads,
+                                                         tmp_path, capsys):
+    """Learned positions: 64 channels a head. DINO's ViT-S has MoCo v3's tensors, shape by shape,
+    and half the heads."""
     torch.manual_seed(0)
-    args = mocov3_asym.parse_args(["--arch", arch, "--img-size", str(size)])
-    vit = mocov3_asym.build_vit(args)[0]
-    state, path = timm_names(vit.state_dict()), tmp_path / "vit.pth"
-    torch.save({"state_dict": {**prefixed(state, "module.base_encoder."),
-                               **zeros("module.base_encoder.head.", "0.weight")}}, path)
-    net, about = backbone(path)
-    assert (about["arch"], about["size"]) == (arch, size)
-    assert about["dim"] == state["cls_token"].shape[2]
-    x = torch.rand(2, 3, size, size, generator=rng(3))
-    expected = timm_forward(state, normalised(x), mocov3_asym.VITS[arch][3])
-    close(net(x), expected, 1e-3, 1e-4)
-    patch = state["patch_embed.proj.weight"].shape[-1]
-    message = refuse(capsys, path, "--data", "demo", *FLAGS, "--img-size", patch - 1)
-    assert f"--img-size {patch - 1} is not for {arch}" in message
-
-
-@pytest.mark.parametrize("names", ["DINO's", "torchvision's"])
-def test_vits_with_learned_positions_have_64_channels_a_head(names, tmp_path, capsys):
-    """DINO's ViT-S: MoCo v3's tensors, shape by shape, and half the heads."""
-    torch.manual_seed(0)
-    reference = torchvision.models.VisionTransformer(64, 16, 12, 6, 384, 4 * 384).eval()
+    width, path = 384 if arch == "vit_small" else 96, tmp_path / "vit.pth"
+    reference = torchvision.models.VisionTransformer(size, patch, layers, heads, width, 4 * width)
     reference.heads = torch.nn.Identity()
-    torch.nn.init.normal_(reference.encoder.pos_embedding)
-    state, path = reference.state_dict(), tmp_path / "vit.pth"
+    for p in (reference.class_token, reference.encoder.pos_embedding):
+        torch.nn.init.normal_(p)
+    if names == "MoCo v3's":
+        grid = size // patch
+        reference.encoder.pos_embedding.data = mocov3_asym.sincos(grid, grid, width)
+    state = reference.eval().state_dict()
     found = {**timm_names(state), **zeros("head.", "weight")}
+    if names == "MoCo v3's":
+        found = {"state_dict": prefixed(found, "module.base_encoder.")}
     if names == "torchvision's":  # its published files have older names
         old = lambda m: f"mlp.linear_{1 if m[1] == '0' else 2}"
         found = {re.sub(r"mlp\.(\d)", old, k): v for k, v in state.items()}
         assert found.keys() != state.keys()
     torch.save(found, path)
+
     net, about = backbone(path)
-    assert (about["arch"], about["size"]) == ("vit_small", 64)
-    x = torch.rand(2, 3, 64, 64, generator=rng(3))
-    close(net(x), reference(normalised(x)), 1e-4, 1e-5)
+    assert (about["arch"], about["size"], about["dim"]) == (arch, size, width)
+    x = torch.rand(2, 3, size, size, generator=rng(3))
+    close(net(x), reference(normalised(x)), 1e-3, 1e-4)
+    said = refuse(capsys, path, "--data", "demo", *FLAGS, "--img-size", patch - 1)
+    if names == "MoCo v3's":
+        assert f"--img-size {patch - 1} is not for {arch}" in said
+        return
+    assert "--img-size 15: the positions of" in said and "are learned, for 64 px" in said
     torch.save(found | {k: torch.zeros(384, 3, 14, 14) for k in found if "proj.weight" in k
-                        and found[k].ndim == 4}, tmp_path / "patch.pth")
-    assert "a ViT of patches of 14 px; known" in refuse(capsys, tmp_path / "patch.pth", *FLAGS)
-    said = refuse(capsys, path, "--data", "demo", *FLAGS, "--img-size", 128)
-    assert "--img-size 128: the positions of" in said and "are learned, for 64 px" in said
+                        and found[k].ndim == 4}, path)
+    assert "a ViT of patches of 14 px; known" in refuse(capsys, path, *FLAGS)
 
 
 # ---- a run's own files ----
@@ -528,7 +475,7 @@ def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
 
 def test_a_runs_network_is_that_of_its_own_script(run_folder, tmp_path, monkeypatch, capsys):
     """A researcher's script beside the probe, with a network that no other file knows. A probe as a
-    process of its own: tests/test_hacks.py."""
+    process of its own: tests/study."""
     monkeypatch.setattr(probe, "__file__", str(tmp_path / "linear_probe.py"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -657,31 +604,13 @@ def lay_caltech101(root):
     return 60, 10, 8, ["BACKGROUND_Google", "ant"]
 
 
-def lay_cars(root, monkeypatch):
-    """scipy.io.loadmat, of files that are there and hold nothing: torchvision's calls, no scipy."""
-    names = type("Names", (), {"tolist": lambda self: ["Acura", "BMW"]})()
-    rows = {"annotations": [{"fname": f"{i:05d}.jpg", "class": i % 2 + 1} for i in range(12)]}
-    files = {"cars_train_annos.mat": rows, "cars_test_annos_withlabels.mat": rows,
-             "cars_meta.mat": {"class_names": names}}
-    scipy, io = types.ModuleType("scipy"), types.ModuleType("scipy.io")
-    scipy.io, io.loadmat = io, lambda path, squeeze_me: files[Path(path).name]
-    monkeypatch.setitem(sys.modules, "scipy", scipy)
-    monkeypatch.setitem(sys.modules, "scipy.io", io)
-    monkeypatch.setattr(torchvision.datasets.stanford_cars, "sio", io, raising=False)
-    for part, i in itertools.product(("train", "test"), range(12)):
-        picture(root / f"stanford_cars/cars_{part}/{i:05d}.jpg")
-    for name in ("devkit/cars_train_annos", "devkit/cars_meta", "cars_test_annos_withlabels"):
-        write(root / f"stanford_cars/{name}.mat")
-    return 12, None, 12, ["Acura", "BMW"]
-
-
 LAY = {"birdsnap": lay_birdsnap, "sun397": lay_sun397, "voc2007": lay_voc2007, "dtd": lay_dtd,
-       "caltech101": lay_caltech101, "cars": lay_cars}
+       "caltech101": lay_caltech101}
 
 
 @pytest.mark.parametrize("name", LAY)
-def test_data_sets_on_trees_as_torchvision_expects_them(name, tmp_path, monkeypatch):
-    train_n, val_n, test_n, classes = LAY[name](tmp_path, *[monkeypatch] * (name == "cars"))
+def test_data_sets_on_trees_as_torchvision_expects_them(name, tmp_path):
+    train_n, val_n, test_n, classes = LAY[name](tmp_path)
     task = probe.load_task(args_of("--transfer", name, "--data-root", tmp_path), name)
     train, test = task.images, task.test_images
     assert len(train) == len(task.labels) == train_n
@@ -699,7 +628,7 @@ def test_data_sets_on_trees_as_torchvision_expects_them(name, tmp_path, monkeypa
         for path, label in zip(images.paths, labels, strict=True):  # is there and has its class
             path = os.fsdecode(path)
             assert os.path.exists(path)
-            if labels.ndim == 1 and name != "cars":
+            if labels.ndim == 1:
                 assert classes[label].strip("/").lower().replace(" ", "_") in path.lower()
     if name == "voc2007":  # cat: present, absent, difficult; dog: absent, present, present
         assert task.labels[:3].tolist() == [[1, 0], [0, 1], [-1, 1]]
@@ -710,11 +639,13 @@ def test_data_sets_on_trees_as_torchvision_expects_them(name, tmp_path, monkeypa
         assert (probe.load_task(args, name).images.paths == train.paths).all()
 
 
-@pytest.mark.parametrize("kind", ["Food101", "FGVCAircraft", "OxfordIIITPet", "Flowers102"])
-def test_torchvision_keeps_its_lists_where_those_of_dtd_are(kind):
+@pytest.mark.parametrize("kind, lists", [
+    ("Food101", "_image_files _labels"), ("FGVCAircraft", "_image_files _labels"),
+    ("OxfordIIITPet", "_images _labels"), ("Flowers102", "_image_files _labels"),
+    ("StanfordCars", "_samples")])
+def test_torchvision_keeps_its_lists_where_they_are_looked_for(kind, lists):
     source = inspect.getsource(getattr(torchvision.datasets, kind))
-    assert "self._image_files" in source or "self._images" in source
-    assert "self._labels" in source and "classes" in source
+    assert all(f"self.{name} = " in source for name in lists.split()) and "classes" in source
 
 
 @pytest.mark.parametrize("size, to_transfer, short, bicubic",
@@ -743,24 +674,22 @@ def test_centre_crops_are_the_protocols(size, to_transfer, short, bicubic, tmp_p
 # ---- whole probes ----
 
 
-@pytest.mark.parametrize("protocol, more", [
-    ("lbfgs", ""), ("knn", ""), ("sgd", "--cache-features --lr-sweep 0.1 1"), ("lars", "--lr 0.3")])
-def test_a_probe_and_its_folder(protocol, more, run_folder, tmp_path, capsys):
+@pytest.mark.parametrize("protocol, more, rule, epochs", [
+    ("lbfgs", "", "l2 search", 0), ("knn", "", "fixed", 0), ("lars", "--lr 0.3", "fixed", 2),
+    ("sgd", "--cache-features --lr-sweep 0.1 1", "lr search", 4)])
+def test_a_probe_and_its_folder(protocol, more, rule, epochs, run_folder, tmp_path, capsys):
     argv = [run_folder, *flags(protocol), *more.split(), "--out", tmp_path]
     before = {p.name: p.read_bytes() for p in run_folder.iterdir()}
     main(*argv)
     out = capsys.readouterr().out
     for told in ("source encoder", "arch tiny", "dim 128", "size 16", f"protocol {protocol}"):
-        assert told in out
+        assert told in out and "note" not in out
     assert ("lr 0.3 x 16/256 = 0.01875" in out) == ("--lr 0.3" in more)
-    found, rule = result(tmp_path), "lr search" if "--lr-sweep" in more else "fixed"
-    assert found["rule"] == ("l2 search" if protocol == "lbfgs" else rule)
-    assert 0 <= found["value"] <= 1 and found["protocol"] == protocol
+    found = result(tmp_path)
+    assert 0 <= found["value"] <= 1 and (found["protocol"], found["rule"]) == (protocol, rule)
     assert found["test"] == 6 and found["train"] == 54
     first, *lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    epochs = 4 if "--lr-sweep" in more else 2
-    assert first["arch"] == "tiny" and len(lines) == (epochs if protocol in MORE and "batch" in
-                                                      MORE[protocol] else 0)
+    assert first["arch"] == "tiny" and len(lines) == epochs
 
     stamp = (tmp_path / "result.json").stat().st_mtime_ns
     main(*argv)  # complete: nothing is done again, and the result is printed
@@ -771,12 +700,8 @@ def test_a_probe_and_its_folder(protocol, more, run_folder, tmp_path, capsys):
 
 def test_a_probe_on_fresh_bilinear_crops_resumes_exactly(run_folder, tmp_path, monkeypatch):
     crop, kinds = data.crop, set()
-
-    def seen(images, views, *more):
-        kinds.update(view.recipe.bicubic for view in views)
-        return crop(images, views, *more)
-
-    monkeypatch.setattr(data, "crop", seen)
+    monkeypatch.setattr(data, "crop", lambda images, views, *more: (
+        kinds.update(view.recipe.bicubic for view in views), crop(images, views, *more))[1])
     argv = [run_folder, *flags("sgd"), "--epochs", 4, "--lr-sweep", 0.1, 1]
     main(*argv, "--out", tmp_path / "a")
     save = probe.save
@@ -913,8 +838,6 @@ def test_wrong_flags_and_data_are_refused_before_work(run_folder, tmp_path, caps
         "--nproc 2 --device tpu": "invalid choice",
     }.items():
         assert words in refuse(capsys, run_folder, *argv.split(), "--workers", 0), argv
-    monkeypatch.setenv("RANK", "0")
-    assert "exclude each other" in refuse(capsys, run_folder, "--nproc", 2)
     written = {p.name for p in tmp_path.iterdir()} - {"loose", "one", "broken"}
     assert not written, written
 
@@ -985,7 +908,6 @@ def test_a_run_whose_images_have_changed_is_noted(run_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
     about = json.loads((folder / "args.json").read_text())
-    for names, said in ((about["names"], 0), ("other", 1)):
-        (folder / "args.json").write_text(json.dumps(about | {"names": names}))
-        main(folder, *flags("knn"), "--out", tmp_path / str(said))
-        assert capsys.readouterr().out.count("has other training images now") == said
+    (folder / "args.json").write_text(json.dumps(about | {"names": "other"}))
+    main(folder, *flags("knn"), "--out", tmp_path / "out")
+    assert capsys.readouterr().out.count("has other training images now") == 1

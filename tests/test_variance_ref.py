@@ -4,15 +4,12 @@ autograd and brute force."""
 import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from pool import ROOT, SCRIPTS, Pool, build, class_tree, close, small_args, small_images
+from pool import SCRIPTS, build, class_tree, close, refusal, small_args, small_images
 from torch import nn
 
 import variance_ref
@@ -51,13 +48,6 @@ def mocov2(tmp_path_factory):
     """A run on 24 images without labels."""
     images = class_tree(tmp_path_factory.mktemp("images"), 72) / "class0"
     return save_checkpoint(tmp_path_factory.mktemp("run"), "mocov2_asym", images)
-
-
-@pytest.fixture(scope="session")
-def pool():
-    pool = Pool(2)
-    yield pool
-    pool.close()
 
 
 def main(*argv):
@@ -162,44 +152,24 @@ def test_a_run_is_a_function_of_its_arguments(mocov2, tmp_path, capsys):
     assert " > ".join(sorted(variance_ref.ORDER, key=lambda k: -designs[k]["v"])) in text
 
 
-def measured(*argv):
-    """In a pool's process; rank 0 writes. In double precision rounding decides nothing."""
-    torch.set_default_dtype(torch.double)
-    try:
-        main(*argv, "--views", 2, "--device", "cpu", "--workers", 0)
-    finally:
-        torch.set_default_dtype(torch.float)
-
-
 @pytest.mark.parametrize("run", [
     pytest.param(name, marks=[] if name == "mocov2_asym" else pytest.mark.slow)
     for name in SCRIPTS], indirect=True)
 def test_processes_do_not_change_the_result(pool, run, tmp_path):
-    """Of images in memory; MoCo v2's are decoded at each step."""
+    """Of images in memory; MoCo v2's are decoded at each step. In double precision rounding decides
+    nothing. The launcher, --nproc, is the scripts' (tests/test_faults.py)."""
     sizes = (20, 24, 25, 31) if run.name == "mocov2_asym" else (24,)
     images = class_tree(tmp_path / "images", 72, sizes) / "class0"
     designs, found = ["multicrop", "scalemix", "sync-bn-all", "mean-enc-2"], []
     for world in (1, 2):
         out = tmp_path / f"{world}.json"
-        flags = "--data", str(images), "--designs", ",".join(designs), "--out", str(out)
-        pool.run(world, measured, str(run), *flags)
+        flags = "--data", images, "--designs", ",".join(designs), "--out", out, "--views", 2
+        more = "--device", "cpu", "--workers", 0
+        pool.run(world, main, run, *flags, *more, dtype=torch.float64)
         found.append(json.loads(out.read_text())["designs"])
     for name in ["baseline", *designs]:
         close(found[0][name]["v_i"], found[1][name]["v_i"], 1e-9, 1e-12)
         assert found[0][name]["total"] == pytest.approx(found[1][name]["total"], rel=1e-9)
-
-
-@pytest.mark.slow
-def test_nproc(mocov2, tmp_path):
-    """torchrun's environment is that of the pool's processes."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    out = tmp_path / "v.json"
-    argv = [sys.executable, ROOT / "variance_ref.py", mocov2, "--views", 2, "--designs", "weak",
-            "--out", out, "--device", "cpu", "--nproc", 2]
-    done = subprocess.run([*map(str, argv)], env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert done.stdout.count("\nbaseline ") == 1
-    assert len(json.loads(out.read_text())["designs"]) == 2
 
 
 def test_figure(mocov2, tmp_path, monkeypatch):
@@ -245,17 +215,6 @@ def test_published_checkpoints(head, tmp_path):
 # ---- wrong input ----
 
 
-def refuse(capsys, monkeypatch, *argv):
-    """The one line that ends it, with exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["variance_ref.py"])
-    with pytest.raises(SystemExit) as stopped:
-        main(*argv)
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert err.count("\n") == 1 and err.startswith("variance_ref: "), err
-    return err
-
-
 @pytest.mark.parametrize("flags, said", [
     ("--theory", "give a checkpoint, or --theory and none"),
     ("--views 1", "1 is not in [2, "),
@@ -270,21 +229,21 @@ def refuse(capsys, monkeypatch, *argv):
     ("--plot no/f.png", "no/f.png cannot be written"),
     ("--plot f.xyz", "FILE.png"),
 ])
-def test_wrong_flags(flags, said, mocov2, capsys, monkeypatch):
+def test_wrong_flags(flags, said, mocov2, monkeypatch):
     monkeypatch.chdir(mocov2)
     if "out" in flags or "plot" in flags:  # refused before anything is read
         monkeypatch.setattr(variance_ref, "open_checkpoint", None)
-    assert said in refuse(capsys, monkeypatch, mocov2, "--device", "cpu", *flags.split())
+    assert said in refusal("variance_ref", [mocov2, "--device", "cpu", *flags.split()])
     assert [path.name for path in mocov2.iterdir()] == ["last.pt"]
 
 
-def test_without_matplotlib(tmp_path, capsys, monkeypatch):
+def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = refuse(capsys, monkeypatch, "--theory", "--plot", tmp_path / "f.png")
+    said = refusal("variance_ref", ["--theory", "--plot", tmp_path / "f.png"])
     assert "pip install matplotlib" in said
 
 
-def test_wrong_checkpoints(mocov2, capsys, tmp_path, monkeypatch):
+def test_wrong_checkpoints(mocov2, tmp_path):
     state = torch.load(mocov2 / "last.pt", weights_only=True)
     args, headless = state["args"], {k: v for k, v in state["model"].items() if "proj" not in k}
     cases = {
@@ -298,8 +257,8 @@ def test_wrong_checkpoints(mocov2, capsys, tmp_path, monkeypatch):
     for name, (content, said) in cases.items():
         path = tmp_path / f"{name}.pt"
         path.write_text("hello") if content is None else torch.save(content, path)
-        assert said in refuse(capsys, monkeypatch, path, "--device", "cpu"), name
-    plain = refuse(capsys, monkeypatch, path, "--device", "cpu", "--data", "none")
+        assert said in refusal("variance_ref", [path, "--device", "cpu"]), name
+    plain = refusal("variance_ref", [path, "--device", "cpu", "--data", "none"])
     assert "has no projector in module.encoder_q.*" in plain
 
 

@@ -103,16 +103,3 @@ def test_the_patch_projection_is_frozen_unless_asked(flags, frozen):
     [group] = optimizer.param_groups
     assert type(optimizer) is torch.optim.AdamW
     assert (group["weight_decay"], group["betas"]) == (0.03, (0.9, 0.999))
-
-
-@pytest.mark.parametrize("flags, said", [
-    ("--arch vit_tiny --img-size 30", "30 px are not made of vit_tiny's 4 px patches; use 28"),
-    ("--arch vit_small --img-size 100", "use 96"),
-    ("--arch vit_tiny --multicrop-src --small-size 18", "views of 18 px"),
-    ("--no-stop-grad-conv1", "about ViTs"),
-    ("--arch vit_tiny --bn-groups 8 --asym-bn --bn-scope all", "drop --bn-scope")])
-def test_what_does_not_fit_a_vit_is_refused(flags, said, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        M.main(flags.split())
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in error and error.count("\n") == 1, error
