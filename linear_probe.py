@@ -273,16 +273,10 @@ def encode(args, net, images):
     those of the scripts' kNN: resize to 256, crop 224, up to 64 px all of the square, bilinear.
     Transfer, as BYOL: all of the square, bicubic."""
     rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
-    part, parts, read = images[rows[mine()]], [], []
-    squares = data.Centres(part, net.size, 1 if args.transfer else None, bool(args.transfer))
-    workers = args.workers if part.pixels is None else 0
-    for x, really in data.loader(squares, workers, args.device, batch_size=256):
-        x = x.to(args.device).to(torch.get_default_dtype()) / 255
-        parts.append(net(x).cpu())
-        read.append(really)
-
-    bad = torch.cat(read) != torch.arange(len(part))
-    data.Images.report([os.fsdecode(part.paths[row]) for row in bad.nonzero()[:, 0].tolist()])
+    share = 1 if args.transfer else None
+    crops = data.centres(images, rows[mine()], net.size, args.workers, args.device, share,
+                         bicubic=bool(args.transfer))
+    parts = [net(x).cpu() for x, _ in crops]
     refuse_unreadable()
     return gather(torch.cat(parts))[: len(images)]
 
