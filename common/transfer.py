@@ -105,8 +105,8 @@ TRANSFER = {
     "cifar100": Target("CIFAR-100", 77.8, TOP1, 5067, None),
     "birdsnap": Target("Birdsnap", 58.5, TOP1, 4981, None, "thomasberg.org lists "
         "links, some dead; put the images into ROOT/birdsnap/{train,test}/SPECIES/"),
-    "sun397": Target("SUN-397", 67.8, TOP1, 3970, sun397, "add --download; put Training_01.txt and "
-        "Testing_01.txt of vision.princeton.edu/projects/2010/SUN, Partitions.zip, in ROOT/SUN397/"),
+    "sun397": Target("SUN-397", 67.8, TOP1, 3970, sun397, "add --download; put the lists of "
+        "vision.princeton.edu/projects/2010/SUN, Partitions.zip, into ROOT/SUN397/"),
     "cars": Target("Cars", 69.7, TOP1, 1650, listed("StanfordCars", "train", "test"), "put a copy's "
         "cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat into ROOT/stanford_cars/ "
         "(its address is dead), and install scipy"),
