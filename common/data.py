@@ -138,10 +138,7 @@ def load(name, root="data", download=False):
     train. root: where torchvision's sets are, or go. Says what was found. Raises DataError."""
     with contextlib.suppress(AttributeError):  # a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
-    first = not download and os.environ.get("RANK", "0") == "0"
     if name in NAMES:
-        if first and os.path.isdir(name):
-            print(f"data: {name} is the built-in set; --data ./{name} is the folder", flush=True)
         return load_named(name, root, download)
 
     if name.endswith(".npz"):
@@ -170,7 +167,7 @@ def load(name, root="data", download=False):
         tenth = torch.randperm(len(images), generator=rng("queries")) % 10 == 9
         sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: a tenth of these"
 
-    if first:
+    if not download and os.environ.get("RANK", "0") == "0":
         n = len(images.classes)
         what = f"{n} classes ({show(images.classes)})" if n else "no labels"
         if images.pixels is not None:
@@ -286,9 +283,8 @@ def load_npz(name):
 
 
 def scan(folder, most=None):
-    """The images below a folder, in sorted order, at most so many. The folders directly in it are
-    the classes, if two or more have images in them and no image lies beside them. DataError if
-    there is none."""
+    """The images below a folder, at most so many, in sorted order. The folders directly in it are
+    the classes, if two or more have images and no image lies beside them. DataError without any."""
     counts = Counter()
     paths = list(itertools.islice(walk(folder, counts), most))
     left = [f"{n} {kind}" for kind, n in counts.most_common() if n]
@@ -336,38 +332,34 @@ def walk(folder, left=None):
 
 def in_memory(images):
     """Decodes a small folder of equally sized images once; returns any other as it is. In fifty
-    images, evenly spaced, it looks for what PIL drops; DataError where most cannot be read, most of
-    those of 16 bits leave the upper half of the range, as with 12 bits, or all are of one value."""
+    images, evenly spaced, it looks for what is lost; DataError where most of those of 16 bits leave
+    the upper half of the range, as with 12 bits, or all are of one value."""
     sample = range(0, len(images), max(1, len(images) // 50))
-    shapes, values, unread, dark, lost = set(), set(), [], [], Counter()
+    shapes, values, dark, left = set(), set(), [], Counter()
     for row in sample:
         pixels, there = images.decode(row)
         shapes.add(pixels.shape)
         values |= {pixels.min().item(), pixels.max().item()}
-        if there != row:
-            unread.append(images.paths[row])
         with Image.open(os.fsdecode(images.paths[there]), formats=FORMATS) as image:
             coding = f"{image.mode} {image.tile[:1]}"
-            lost["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
-            lost["all frames but the first"] += getattr(image, "is_animated", False)
-            lost["what is transparent: now white"] += image.has_transparency_data
+            left["what cannot be read: the next instead"] += there != row
+            left["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
+            left["all frames but the first"] += getattr(image, "is_animated", False)
+            left["what is transparent: now white"] += image.has_transparency_data
         if re.search("^I|;16[BLN]", coding):  # grey; colours, of which PIL has the upper 8 bits
             dark.append((pixels > 127).float().mean().item() < 1e-3)  # a dead pixel is white
 
-    n, first = len(sample), repr(os.fsdecode(images.paths[0]))
-    low, high = min(values), max(values)
-    if len(unread) * 2 > n:
-        raise DataError(f"{len(unread)} of {n} images looked at cannot be read: {fault(unread[0])}")
+    low, high, first = min(values), max(values), repr(os.fsdecode(images.paths[0]))
     if sum(dark) * 2 > len(dark):
         raise DataError(f"{first} and others have 16 bits, of which the upper ones are not used: "
                         "white is not known; save them with 8 bits")
     if high - low < 2:
         raise DataError(f"{first} and others are of one shade: values from {low} to {high}; wanted "
                         "0 to 255, and no transparency where there is image")
-    lost["dark 16 bits, or fewer"] = sum(dark)
-    lost[f"values above {high}"] = (high < 128) * n
-    lost = [f"{what}, in {some} of {n} looked at" for what, some in lost.items() if some]
-    images = replace(images, left=[*lost, *images.left])
+    left["dark 16 bits, or fewer"] = sum(dark)
+    left[f"values above {high}"] = (high < 128) * len(sample)
+    left = [f"{what}, in {n} of {len(sample)} looked at" for what, n in left.items() if n]
+    images = replace(images, left=[*left, *images.left])
 
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
@@ -381,9 +373,8 @@ def in_memory(images):
 
 def draw_demo(n, seed, size=32):
     """The demo data: n images of ten families of patterns, the classes; place, scale, polarity,
-    bending, shading and a gradient of light are each image's own. Light and contrast differ less
-    than the jitter changes: else they tell which image a view is of, and methods without negatives
-    settle on that."""
+    bending, shading and light are each image's own. Light and contrast differ less than the jitter
+    changes: else they tell images apart, and methods without negatives settle on that."""
     generator = rng(seed, "demo")
     sin = lambda t: torch.sin(2 * math.pi * t)
     edge = lambda t: (t % 1 - 0.5).abs() * 2  # 0 in the middle of a cell of length 1, 1 at its ends

@@ -107,9 +107,9 @@ TRANSFER = {
         "links, some dead; put the images into ROOT/birdsnap/{train,test}/SPECIES/"),
     "sun397": Target("SUN-397", 67.8, TOP1, 3970, sun397, "add --download; put the lists of "
         "vision.princeton.edu/projects/2010/SUN, Partitions.zip, into ROOT/SUN397/"),
-    "cars": Target("Cars", 69.7, TOP1, 1650, listed("StanfordCars", "train", "test"), "put a copy's "
-        "cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat into ROOT/stanford_cars/ "
-        "(its address is dead), and install scipy"),
+    "cars": Target("Cars", 69.7, TOP1, 1650, listed("StanfordCars", "train", "test"), "its address "
+        "is dead; install scipy, and put a copy's cars_train/, cars_test/, devkit/ and "
+        "cars_test_annos_withlabels.mat into ROOT/stanford_cars/"),
     "aircraft": Target("Aircraft", 59.3, MEAN, 0, listed("FGVCAircraft", "train", "val", "test")),
     "voc2007": Target("VOC-07", 93.8, "11-point mAP", 0, voc2007),  # 93.8: probably by another
     "dtd": Target("DTD", 80.2, TOP1, 0, listed("DTD", "train", "val", "test")),  # split 1 of ten

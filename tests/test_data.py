@@ -232,7 +232,7 @@ def test_pixels_of_which_no_file_states_the_range(tmp_path, white, kind, suffix,
         assert (load(str(tmp_path))[0].pixels == torch.from_numpy(ramp)).all()
 
 
-def test_sets_of_which_most_images_are_dark_or_broken_or_all_of_one_shade_are_refused(tmp_path):
+def test_sets_of_which_most_images_are_dark_or_all_of_one_shade_are_refused(tmp_path):
     grey = np.arange(4096, dtype=np.uint16).reshape(64, 64) // 64
     for i in range(9):
         Image.fromarray(grey * (60 if i < 4 else 900)).save(tmp_path / f"{i}.png")
@@ -240,10 +240,6 @@ def test_sets_of_which_most_images_are_dark_or_broken_or_all_of_one_shade_are_re
     grey[0, 0] = 1090  # times 60: a dead pixel
     Image.fromarray(grey * 60).save(tmp_path / "8.png")
     with pytest.raises(DataError, match="0.png.*16 bits.*white is not known"):
-        load(str(tmp_path))
-    for i in range(5):
-        (tmp_path / f"{i}.png").write_bytes(b"no")
-    with pytest.raises(DataError, match="5 of 9 images.*cannot be read.*0.png.*Unidentified"):
         load(str(tmp_path))
     for kind, said in (("L", "values from 0 to 1;"), ("RGBA", "values from 255 to 255;")):
         (tmp_path / kind).mkdir()
@@ -285,6 +281,7 @@ def test_broken_files_are_replaced_by_the_next_named_and_counted(tmp_path, monke
     monkeypatch.setattr(data, "IN_MEMORY", 0)
     monkeypatch.setattr(Images, "unreadable", 0)
     paths = replace(load(str(tmp_path))[0], labels=torch.arange(10))
+    assert paths.left[0] == "what cannot be read: the next instead, in 4 of 10 looked at"
     ((crops,),) = data.crop(paths, VIEWS[:1], [(0, torch.arange(10))], 0, slice(None), 2, "cpu")
     said = capfd.readouterr().err.splitlines()
     assert crops.shape == (10, 3, 24, 24) and Images.unreadable == len(said) == 4
