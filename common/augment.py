@@ -319,7 +319,7 @@ def crops_of(plan):
 
 def make_views(plan, crops, total, generator, stats, part):
     """Crops (n, 3, s, s), those of crops_of(plan), as views arranged as in the plan. They are the
-    slice part of a global batch of total images. stats: mean and std to normalise by."""
+    slice part of a global batch of total images. stats: the data's mean and std."""
     boxes, draws, views = [], {}, {}
     for view in sum(sum(plan, []), []):
         draws.setdefault(view.size, []).append(draw(view.recipe, total, generator))
@@ -327,6 +327,8 @@ def make_views(plan, crops, total, generator, stats, part):
             boxes.append(scalemix_boxes(total, view.size, generator)[part])
             draws[view.size].append(draw(view.recipe, total, generator))
 
+    if not plan[0][0][0].recipe.normalize:
+        stats = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     for size, several in draws.items():  # in one batch: a GPU starts each operation once
         x = torch.cat([x for x in crops if x.shape[3] == size])
         params = {k: torch.cat([p[k][part] for p in several]) for k in several[0]}

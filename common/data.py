@@ -76,10 +76,9 @@ class Images:
             return self.pixels[row], row
         for i in range(100):
             there = (row + i) % len(self)
-            path = os.fsdecode(self.paths[there])
             with contextlib.suppress(Exception):  # PIL raises nearly anything; fault() says what
-                return read_image(path, shrink), there
-        raise DataError(f"no readable image among 100, the last {fault(path)}")
+                return read_image(os.fsdecode(self.paths[there]), shrink), there
+        raise DataError(f"no readable image among 100, the last {fault(self.paths[there])}")
 
     @classmethod
     def report(cls, paths):
@@ -102,8 +101,8 @@ def fault(path):
 def read_image(path, shrink=None):
     """An image file as uint8 (3, h, w): turned as its EXIF says, grey repeated, CMYK converted, put
     on white where it is transparent, 16 bits scaled to 8. ValueError for floats and 32 bits, whose
-    range a file does not state. shrink(height, width), if given, says how many times smaller it may
-    come: by 2, 4 or 8 a JPEG file is decoded in a fraction of the time."""
+    range a file does not state. shrink(height, width): so many times smaller it may come, as JPEG
+    files are decoded faster by 2, 4 or 8."""
     with Image.open(path, formats=FORMATS) as image:
         if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
             raise ValueError(f"{image.mode} pixels have no known range; save them with 8 bits")
