@@ -17,8 +17,7 @@ trained again on all of these. Nothing is chosen on the test set.
     python linear_probe.py FILE --export backbone.pth             weights in torchvision's names
 """
 
-import argparse  # noqa: I001 (the last import is shorter this way)
-import hashlib
+import hashlib  # noqa: I001 (the last import is shorter this way)
 import importlib
 import itertools
 import json
@@ -40,11 +39,11 @@ import torch.nn.functional as F
 
 from common import augment, data, knn, resnet
 from common.augment import View, rng
+from common.flags import amount, check, fraction, parser, positive, whole
 from common.lars import LARS
 from common.transfer import METRICS, TRANSFER
-from mocov2_asym import (SIGNALS, all_sum, amount, barrier, check, check_launch, fit, fraction,
-                         gather, join_processes, launch, lr_factor, mine, positive, rank, say,
-                         whole, world_size)
+from mocov2_asym import (SIGNALS, all_sum, barrier, check_launch, fit, gather, join_processes,
+                         launch, lr_factor, mine, rank, say, world_size)
 
 # ============================================================================== protocols
 PROTOCOLS = {  # lr: per 256 images. Epochs and schedule of sgd are our choice, the paper is silent
@@ -61,8 +60,8 @@ def gradient_probe(args, net, task):
     """lars and sgd: the result, what was chosen, and the score of each lr."""
     scores = train(args, net, task, "search", args.lr_sweep) if args.lr_sweep else {}
     lr = max(scores, key=scores.get, default=args.lr)
-    value = train(args, net, task, "final", [lr])[lr]
-    return {"value": value, "chosen": {"lr": lr}, "scores": scores}
+    value, rule = train(args, net, task, "final", [lr])[lr], "lr search" if scores else "fixed"
+    return {"value": value, "chosen": {"lr": lr}, "rule": rule, "scores": scores}
 
 
 def train(args, net, task, stage, lrs):
@@ -157,7 +156,7 @@ def lbfgs_probe(args, task):
             f"{args.max_iter}, from l2 {' '.join(short[:1])} on; the final one did"
             f"{' not' * (not final.solved)}")
     value = grade(task, final.predict, task.test_x.to(device).double(), task.test_labels)
-    return {"value": value, "chosen": {"l2": l2}, "scores": scores, "unsolved": short}
+    return {"value": value, "chosen": {"l2": l2}, "rule": "l2 search", "scores": scores}
 
 
 def fit_l2(x, labels, classes, l2, start=None, most=1000):
@@ -219,8 +218,7 @@ def load_tasks(args, download=False):
 def load_task(args, name, download=False):
     """A data set to classify: images to learn from and to test on, and their labels, (n,), or
     (n, c) of 1, 0, -1; held and rest are the rows of those held out to choose and of the others.
-    measure() adds features: x (n, d), or None for fresh crops, test_x, held_x. May raise
-    data.DataError."""
+    measure() adds features: x (n, d), or None for fresh crops, test_x, held_x."""
     target, root = TRANSFER[name] if args.transfer else None, args.data_root
     try:
         if target and target.load:
@@ -273,16 +271,9 @@ def encode(args, net, images):
     those of the scripts' kNN: resize to 256, crop 224, up to 64 px all of the square, bilinear.
     Transfer, as BYOL: all of the square, bicubic."""
     rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
-    part, parts, read = images[rows[mine()]], [], []
-    squares = data.Centres(part, net.size, 1 if args.transfer else None, bool(args.transfer))
-    workers = args.workers if part.pixels is None else 0
-    for x, really in data.loader(squares, workers, args.device, batch_size=256):
-        x = x.to(args.device).to(torch.get_default_dtype()) / 255
-        parts.append(net(x).cpu())
-        read.append(really)
-
-    bad = torch.cat(read) != torch.arange(len(part))
-    data.Images.report([os.fsdecode(part.paths[row]) for row in bad.nonzero()[:, 0].tolist()])
+    how = {"share": 1, "bicubic": True} if args.transfer else {}
+    crops = data.centres(images, rows[mine()], net.size, args.workers, args.device, **how)
+    parts = [net(x).cpu() for x, _ in crops]
     refuse_unreadable()
     return gather(torch.cat(parts))[: len(images)]
 
@@ -307,8 +298,7 @@ def features_of(args, net, task, steps):
 
 
 def refuse_unreadable():
-    """Stops all processes if one met an image that it could not read, and which it has named: the
-    next would be in its place, whose label is another."""
+    """Stops all processes if one has replaced an image, by the next: that has another label."""
     bad = all_sum(torch.tensor(data.Images.unreadable)).item()
     check(not bad, f"{bad} unreadable image(s); repair or remove them")
 
@@ -378,9 +368,8 @@ def read(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # a truncated or foreign file raises nearly anything
-        code = re.search(r"GLOBAL ([\w.]+)", str(e))
         why = f"it is no whole dict of torch.save ({type(e).__name__}); truncated?"
-        if code:
+        if code := re.search(r"GLOBAL ([\w.]+)", str(e)):
             why = (f"it holds {code[1]}, and to load that would run the file's code; if you trust "
                    "it, load it with weights_only=False and save a state_dict")
         elif path.read_bytes()[8:10] == b'{"':  # after the length of a header in JSON
@@ -409,16 +398,11 @@ def of_run(args, run, path):
     script = Path(__file__).parent / f"{method}.py"
     check(method.isidentifier() and script.is_file() and run.get("format") == 3, f"{path} is of "
           f"another version of these scripts, or {script.name} is not beside linear_probe.py; put "
-          "it there, or use the backbone.pth alone, in another folder, with args.json's numbers "
-          "as --mean, --std and --img-size")
+          "it there, or copy backbone.pth to a folder without args.json, and give its numbers")
     module = importlib.import_module(method)
     if run.get("code") != module.code_digest():
         say(f"note: {script.name} or common/ changed since {path} was trained")
-    try:
-        return getattr(module.Method(SimpleNamespace(**run)), args.encoder).backbone
-    except (AttributeError, KeyError, TypeError, ValueError) as e:  # other flags than the script's
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        check(False, f"{path}: its flags build no network ({reason})")
+    return getattr(module.Method(SimpleNamespace(**run)), args.encoder).backbone
 
 
 def find_backbone(found, encoder, path):
@@ -491,9 +475,7 @@ MAY_DIFFER = {  # between a probe and its continuation
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="linear_probe.py", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: check(False, f"{message}; --help lists the flags")
+    p = parser("linear_probe.py", __doc__)
     flag = p.add_argument
     flag("checkpoint", help="the folder of a run, its last.pt or backbone.pth, or a published file")
     flag("--encoder", choices=("source", "target"), default="source", help="which of the two")
@@ -629,19 +611,19 @@ def measure(args, net, task):
     if args.save_features and rank() == 0:
         save_features(args.save_features, task)
 
-    votes, rule = {}, "lr search" if args.lr_sweep else "fixed"
-    if args.protocol in ("knn", "lbfgs") and task.labels.ndim == 1:
+    votes = {}
+    if args.protocol not in LR_SWEEP and task.labels.ndim == 1:
         votes = knn_probe(args, task)
     if args.protocol == "knn":
         k, task.metric = args.knn_k[0], "top-1"
-        found = {"value": votes[k], "chosen": {"k": k}}
+        found = {"value": votes[k], "chosen": {"k": k}, "rule": "fixed"}
     elif args.protocol == "lbfgs":
-        found, rule = lbfgs_probe(args, task), "l2 search"
+        found = lbfgs_probe(args, task)
     else:
         found = gradient_probe(args, net, task)
-    return {"metric": task.metric, **found, "protocol": args.protocol, "rule": rule,
-            "train": len(task.labels), "held_out": 0 if rule == "fixed" else len(task.held),
-            "test": len(task.test_labels), "knn": votes}
+    held_out = len(task.held) if "search" in found["rule"] else 0
+    return {"metric": task.metric, **found, "protocol": args.protocol, "train": len(task.labels),
+            "held_out": held_out, "test": len(task.test_labels), "knn": votes}
 
 
 def save_features(file, task):
@@ -671,24 +653,24 @@ def report(args, results, absent):
             note = "; the paper's is probably another" if name == "voc2007" else ""
             note += f"; {absent[name]}" if name in absent else ""
             say(f"{t.title:12s}{t.paper:6.1f} {here:>6s}   {t.metric}{note}")
-    say(f"written to {args.out}/result.json")
 
 
 def open_run(args, about):
     """Continues the probe in --out if it is this one, or starts one. Returns its results so far."""
     out, file = Path(args.out), Path(args.out, "result.json")
-    anew = args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     check(not (out / "args.json").exists(), f"--out {out} holds no probe, but a run; use another")
-    old = json.loads(file.read_text()) if file.exists() and not anew else {**about, "results": {}}
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    anew = not file.exists() or args.overwrite and not restarted
+    old = {**about, "results": {}} if anew else json.loads(file.read_text())
     differ = [f"{name} {old.get(name)} there, {value} here" for name, value in about.items()
               if name not in MAY_DIFFER and old.get(name) != value]
     differ += [f"other images of {name}" for name, names in about["images"].items()
-               if old.get("images", {}).get(name, names) != names]
+               if old["images"].get(name, names) != names]
     check(not differ, f"--out {out} holds another probe ({', '.join(differ)}); use another, or "
           "--overwrite")
     barrier()  # all have looked
 
-    if rank() == 0 and (anew or not file.exists()):
+    if anew and rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         for path in (out / "log.jsonl", *out.glob("search-*.pt"), *out.glob("final-*.pt")):
             path.unlink(missing_ok=True)

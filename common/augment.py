@@ -11,11 +11,10 @@ its slice. So a run does not depend on the number of processes; resuming needs n
 Order: flip, jitter (its parts in an order of the image's own), grey, blur, solarize, RandAugment,
 normalize. The papers' codes flip first or last; it commutes with all but RandAugment, which the
 paper's code has last. Each operation equals torchvision's functional form (tests/test_augment.py
-gives the tolerances). Deviations:
+gives the tolerances). Deviations, beside RandAugment's interpolation, bilinear alone:
   * The blur is cut at 11 pixels (BYOL's 23 taps at 224 px), or at the border below 12 px, and
     reflects images there; PIL repeats the border's pixels.
   * BYOL's and SimCLR v1's brightness is additive in their code; here it multiplies.
-  * RandAugment interpolates bilinearly; timm's picks bilinear or bicubic at random.
 """
 
 import hashlib
@@ -313,9 +312,8 @@ def crops_of(plan):
     """The crops that a plan needs, in order: a View for each, two for a ScaleMix view. A plan has
     two sides (source, target), a side is a list of bags, a bag a list of Views."""
     crops = []
-    for bags in plan:
-        for view in sum(bags, []):
-            crops += [view, view] if view.mix else [view]
+    for view in sum(sum(plan, []), []):
+        crops += [view, view] if view.mix else [view]
     return crops
 
 
@@ -323,7 +321,7 @@ def make_views(plan, crops, total, generator, stats, part):
     """Crops (n, 3, s, s), those of crops_of(plan), as views arranged as in the plan. They are the
     slice part of a global batch of total images. stats: the data's mean and std."""
     boxes, draws, views = [], {}, {}
-    for view in (view for bags in plan for view in sum(bags, [])):
+    for view in sum(sum(plan, []), []):
         draws.setdefault(view.size, []).append(draw(view.recipe, total, generator))
         if view.mix:
             boxes.append(scalemix_boxes(total, view.size, generator)[part])

@@ -76,34 +76,33 @@ class Images:
             return self.pixels[row], row
         for i in range(100):
             there = (row + i) % len(self)
-            path = os.fsdecode(self.paths[there])
-            with contextlib.suppress(Exception):  # PIL raises nearly anything; report() says what
-                return read_image(path, shrink), there
-        raise DataError(f"no readable image among 100, the last {show([path])} ({reason(path)})")
+            with contextlib.suppress(Exception):  # PIL raises nearly anything; fault() says what
+                return read_image(os.fsdecode(self.paths[there]), shrink), there
+        raise DataError(f"no readable image among 100, the last {fault(self.paths[there])}")
 
     @classmethod
     def report(cls, paths):
         """Names, with the reason, and counts unreadable images."""
         cls.unreadable += len(paths)
         for path in paths:
-            said = f"unreadable image, replaced by the next: {show([path])} ({reason(path)})"
-            print(said, file=sys.stderr)
+            print(f"unreadable image, replaced by the next: {fault(path)}", file=sys.stderr)
 
 
-def reason(path):
-    """Why an image cannot be read, in one line."""
+def fault(path):
+    """The name of a file, and why it cannot be read as an image, in one line."""
+    path, why = os.fsdecode(path), "now it can be"
     try:
         read_image(path)
     except Exception as e:
-        return " ".join(f"{type(e).__name__}: {e}".split())
-    return "now it can be"
+        why = " ".join(f"{type(e).__name__}: {e}".split())
+    return f"{show([path])} ({why})"
 
 
 def read_image(path, shrink=None):
     """An image file as uint8 (3, h, w): turned as its EXIF says, grey repeated, CMYK converted, put
     on white where it is transparent, 16 bits scaled to 8. ValueError for floats and 32 bits, whose
-    range a file does not state. shrink(height, width), if given, says how many times smaller it may
-    come: by 2, 4 or 8 a JPEG file is decoded in a fraction of the time."""
+    range a file does not state. shrink(height, width): so many times smaller it may come, as JPEG
+    files are decoded faster by 2, 4 or 8."""
     with Image.open(path, formats=FORMATS) as image:
         if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
             raise ValueError(f"{image.mode} pixels have no known range; save them with 8 bits")
@@ -138,26 +137,20 @@ def load(name, root="data", download=False):
     train. root: where torchvision's sets are, or go. Says what was found. Raises DataError."""
     with contextlib.suppress(AttributeError):  # a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
-    first = not download and os.environ.get("RANK", "0") == "0"
-    if first and name in NAMES and os.path.isdir(name):
-        print(f"data: {name} is the built-in set; --data ./{name} is the folder", flush=True)
-    if name == "demo":
-        train = draw_demo(4096, 0)
-        return train, train, draw_demo(1024, 1)
     if name in NAMES:
-        return load_torchvision(name, root, download)
+        return load_named(name, root, download)
 
     if name.endswith(".npz"):
         train, held, images = name, "", load_npz(name)
     else:
         train, held = splits(name)
         images = in_memory(scan(train))
-    source, held_out = (show([os.path.basename(os.path.abspath(path))]) for path in (train, held))
-    sets, knn, left = (images, None, None), "no kNN", list(images.left)
     held = held if images.classes else ""
-    for other in sum(listing(name), []) if train != name else ():
-        if os.path.join(name, other) not in (train, held):
-            left.append(f"{other} beside {source}")
+    source, held_out = (show([os.path.basename(os.path.abspath(path))]) for path in (train, held))
+    beside = [x for x in sum(listing(name), []) if os.path.join(name, x) not in (train, held)]
+    left = [*images.left, *(f"{x} beside {source}" for x in beside if train != name)]
+
+    sets, knn = (images, None, None), "no kNN"
     if held:
         if os.path.realpath(train) == os.path.realpath(held):
             raise DataError(f"--data {name}: {held_out}/ is {source}/ itself, by a link")
@@ -173,7 +166,7 @@ def load(name, root="data", download=False):
         tenth = torch.randperm(len(images), generator=rng("queries")) % 10 == 9
         sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: a tenth of these"
 
-    if first:
+    if not download and os.environ.get("RANK", "0") == "0":
         n = len(images.classes)
         what = f"{n} classes ({show(images.classes)})" if n else "no labels"
         if images.pixels is not None:
@@ -198,24 +191,25 @@ def listing(folder):
 def splits(folder):
     """The folder to train on, and the one for kNN queries, or "". train/ is a split if all folders
     with images beside it are splits too. DataError if that leaves it open."""
-    folders, _ = listing(folder)
-    words = {w for f in folders for w in re.split("[^a-z]+", f.lower())} & {*TRAIN, *HELD}
+    path = {f: os.path.join(folder, f) for f in listing(folder)[0]}
+    folders = [f for f in path if any(walk(path[f]))]
     stem = {f: f.lower().rstrip("0123456789-_") for f in folders}
-    filled = (f for f in folders if any(walk(os.path.join(folder, f))))
-    filled = list(filled if words else itertools.islice(filled, 1))  # one of a thousand will do
-    train = [f for f in filled if stem[f] in TRAIN]
-    held = sorted([f for f in filled if stem[f] in HELD], key=lambda f: HELD.index(stem[f]))
-    other = [f for f in filled if f not in train + held]
+    train = [f for f in folders if stem[f] in TRAIN]
+    held = sorted([f for f in folders if stem[f] in HELD], key=lambda f: HELD.index(stem[f]))
+    other = [f for f in folders if f not in train + held]
     if len(train) == 1 and not other:
-        return os.path.join(folder, train[0]), os.path.join(folder, held[0]) if held else ""
-    inside = {f: {*listing(os.path.join(folder, f))[0]} for f in filled}
-    alike = any(inside[f] & {g, *inside[g]} for f in train + held for g in other)  # in classes
+        return path[train[0]], path[held[0]] if held else ""
+
+    # They are classes, unless names tell of splits, or the same classes lie in a split and beside.
+    words = {w for f in path for w in re.split("[^a-z]+", f.lower())} & {*TRAIN, *HELD}
+    inside = lambda f: {*listing(path[f])[0]}
+    alike = any(inside(f) & {g, *inside(g)} for f in train + held for g in other)
     if len(words) > 1 or len(train) > 1 or held and not other or alike:
-        raise DataError(f"--data {folder}: of {show(filled)}, what is to be trained on? Name one "
+        raise DataError(f"--data {folder}: of {show(folders)}, what is to be trained on? Name one "
                         "folder, or leave one train/, and beside it only val/ or test/")
-    inner = os.path.join(folder, *filled[:1])
-    if len(filled) == 1 and splits(inner)[0] != inner:
-        raise DataError(f"--data {folder}: {filled[0]}/ in it has splits of its own; use {inner}, "
+    inner = path[folders[0]] if folders else ""
+    if inner and splits(inner)[0] != inner:
+        raise DataError(f"--data {folder}: {folders[0]}/ in it has splits of its own; use {inner}, "
                         "or make folders train/CLASS and val/CLASS")
     return folder, ""
 
@@ -224,15 +218,14 @@ def image_size(name):
     """The longer side in pixels of load()'s images; of a folder's first twenty."""
     if name in NAMES:
         return NAMES[name]
-    if name.endswith(".npz"):
-        return max(load_npz(name).pixels.shape[2:])
-    folder, _ = splits(name)
-    paths = list(map(os.fsencode, itertools.islice(walk(folder), 20)))
-    images = Images(paths=np.array(paths)) if paths else scan(folder)  # says what it finds
-    return max(max(images.decode(row)[0].shape) for row in range(len(paths)))
+    images = load_npz(name) if name.endswith(".npz") else scan(splits(name)[0], 20)
+    return max(max(images.decode(row)[0].shape) for row in range(min(20, len(images))))
 
 
-def load_torchvision(name, root, download):
+def load_named(name, root, download):
+    if name == "demo":
+        train = draw_demo(4096, 0)
+        return train, train, draw_demo(1024, 1)
     kind, stats = {"cifar10": ("CIFAR10", CIFAR), "cifar100": ("CIFAR100", CIFAR),
                    "stl10": ("STL10", IMAGENET), "fashion-mnist": ("FashionMNIST", HALF)}[name]
     parts = []
@@ -256,10 +249,8 @@ def channels_first(pixels):
     """(n, h, w, 3), (n, 3, h, w) or (n, h, w) as (n, 3, h, w)."""
     pixels = torch.as_tensor(pixels)
     if pixels.ndim == 3:
-        pixels = pixels[:, None].expand(-1, 3, -1, -1)
-    elif pixels.shape[3] == 3:
-        pixels = pixels.permute(0, 3, 1, 2)
-    return pixels.contiguous()
+        pixels = pixels[..., None].expand(-1, -1, -1, 3)
+    return (pixels.permute(0, 3, 1, 2) if pixels.shape[3] == 3 else pixels).contiguous()
 
 
 def load_npz(name):
@@ -290,27 +281,27 @@ def load_npz(name):
     return replace(images, names=digest.hexdigest()[:16], left=left)
 
 
-def scan(folder):
-    """The images below a folder, in sorted order. The folders directly in it are the classes, if
-    two or more have images in them and no image lies beside them. DataError if there is none."""
+def scan(folder, most=None):
+    """The images below a folder, at most so many, in sorted order. The folders directly in it are
+    the classes, if two or more have images and no image lies beside them. DataError without any."""
     counts = Counter()
-    paths = list(walk(folder, counts))
-    left = [f"{n} {kind}" for kind, n in counts.most_common()]
+    paths = list(itertools.islice(walk(folder, counts), most))
+    left = [f"{n} {kind}" for kind, n in counts.most_common() if n]
     if not paths:
         raise DataError(f"--data {folder}: no file there or below ends in {' '.join(SUFFIXES)}; "
                         f"found {show(left) or 'nothing'}")
     below = [path[len(str(folder)) :].lstrip("/") for path in paths]
     names = hashlib.sha256(os.fsencode("\n".join(below))).hexdigest()[:16]
     tops = [os.path.dirname(path).split("/")[0] for path in below]
-    left += [f"{f}, a folder without images" for f in listing(folder)[0] if f not in {*tops}]
+    classes, labels = np.unique(tops, return_inverse=True)
+    classes = tuple(map(str, classes))
+    left += [f"{f}, a folder without images" for f in listing(folder)[0] if f not in classes]
     inner = {tuple(path.split("/")[:2]) for path in below if path.count("/") > 1}
     again = sorted(f for f, n in Counter(f for _, f in inner).items() if n > 1)
     if len(again) > 1:  # splits or domains of other names, perhaps
-        left.append(f"the level of {show(again)}, folders in several of {show(sorted({*tops}))}")
+        left.append(f"the level of {show(again)}, folders in several of {show(classes)}")
     images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
 
-    classes, labels = np.unique(tops, return_inverse=True)
-    classes = tuple(map(str, classes))
     if "" not in classes and len(classes) > 1:
         return replace(images, labels=torch.from_numpy(labels), classes=classes)
     why = f"all images are in {classes[0]}" if classes[0] else "there are no folders"
@@ -332,10 +323,8 @@ def walk(folder, left=None):
             folders.clear()
             continue
         seen.add(real)
-        shown = sorted(f for f in folders if not f.startswith("."))  # no .ipynb_checkpoints
-        if hidden := len(folders) - len(shown):
-            left["hidden folder"] += hidden
-        folders[:] = shown
+        left["hidden folder"] += sum(f.startswith(".") for f in folders)  # .ipynb_checkpoints
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
         for file in sorted(files):
             kind = "hidden" if file.startswith(".") else os.path.splitext(file)[1].lower()
             if kind in SUFFIXES:
@@ -346,40 +335,41 @@ def walk(folder, left=None):
 
 def in_memory(images):
     """Decodes a small folder of equally sized images once; returns any other as it is. In fifty
-    images, evenly spaced, it looks for what PIL drops; DataError where most cannot be read, most of
+    images, evenly spaced, it looks for what is lost; DataError where most cannot be read, most of
     those of 16 bits leave the upper half of the range, as with 12 bits, or all are of one value."""
     sample = range(0, len(images), max(1, len(images) // 50))
-    shapes, dark, values, unread, lost = set(), [], [], [], Counter()
+    shapes, values, dark, left = set(), set(), [], Counter()
     for row in sample:
         pixels, there = images.decode(row)
         shapes.add(pixels.shape)
-        values += pixels.min().item(), pixels.max().item()
-        unread += [os.fsdecode(images.paths[row])] * (there != row)
+        values |= {pixels.min().item(), pixels.max().item()}
         with Image.open(os.fsdecode(images.paths[there]), formats=FORMATS) as image:
             coding = f"{image.mode} {image.tile[:1]}"
-            lost["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
-            lost["all frames but the first"] += getattr(image, "is_animated", False)
-            lost["what is transparent: now white"] += image.has_transparency_data
-            if re.search("^I|;16[BLN]", coding):  # grey; colours, of which PIL has the upper 8 bits
-                dark.append((pixels > 127).float().mean() < 1e-3)  # a dead pixel is white
-    first = repr(os.fsdecode(images.paths[0]))
-    if len(unread) * 2 > len(sample):
-        raise DataError(f"{len(unread)} of {len(sample)} images looked at cannot be read, as "
-                        f"{unread[0]!r} ({reason(unread[0])})")
-    lost["dark 16 bits, or fewer"] = sum(dark)
+            left["what cannot be read: the next instead"] += there != row
+            left["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
+            left["all frames but the first"] += getattr(image, "is_animated", False)
+            left["what is transparent: now white"] += image.has_transparency_data
+        if re.search("^I|;16[BLN]", coding):  # grey; colours, of which PIL has the upper 8 bits
+            dark.append((pixels > 127).float().mean().item() < 1e-3)  # a dead pixel is white
+
+    low, high, first = min(values), max(values), repr(os.fsdecode(images.paths[0]))
     if sum(dark) * 2 > len(dark):
         raise DataError(f"{first} and others have 16 bits, of which the upper ones are not used: "
                         "white is not known; save them with 8 bits")
-    if max(values) - min(values) < 2:
-        raise DataError(f"{first} and others are of one shade: values from {min(values)} to "
-                        f"{max(values)}; wanted 0 to 255, and no transparency where there is image")
-    lost[f"values above {max(values)}"] = (max(values) < 128) * len(sample)
-    lost = [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
-    images = replace(images, left=[*lost, *images.left])
+    if high - low < 2:
+        raise DataError(f"{first} and others are of one shade: values from {low} to {high}; wanted "
+                        "0 to 255, and no transparency where there is image")
+    unread = left["what cannot be read: the next instead"]
+    if unread * 2 > len(sample):
+        raise DataError(f"{unread} of {len(sample)} images looked at beside {first} cannot be read")
+    left["dark 16 bits, or fewer"] = sum(dark)
+    left[f"values above {high}"] = (high < 128) * len(sample)
+    left = [f"{what}, in {n} of {len(sample)} looked at" for what, n in left.items() if n]
+    images = replace(images, left=[*left, *images.left])
 
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(8) as pool:
         pixels, rows = zip(*pool.map(images.decode, range(len(images))), strict=True)
     if len({p.shape for p in pixels}) > 1:
         return images
@@ -389,15 +379,14 @@ def in_memory(images):
 
 def draw_demo(n, seed, size=32):
     """The demo data: n images of ten families of patterns, the classes; place, scale, polarity,
-    bending, shading and a gradient of light are each image's own. A lesson: what is constant over
-    an image must stay inside what the jitter changes. Light, contrast or a tint that differ more
-    tell which image a view is of, and methods without negatives settle on that."""
+    bending, shading and light are each image's own. Light and contrast differ less than the jitter
+    changes: else they tell images apart, and methods without negatives settle on that."""
     generator = rng(seed, "demo")
     sin = lambda t: torch.sin(2 * math.pi * t)
     edge = lambda t: (t % 1 - 0.5).abs() * 2  # 0 in the middle of a cell of length 1, 1 at its ends
 
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *(shape or (1, 1)), generator=generator)
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
 
     def smooth(channels):
         field = torch.randn(n, channels, 4, 4, generator=generator)
@@ -467,9 +456,6 @@ class Centres(torch.utils.data.Dataset):
         self.images, self.size, self.bicubic = images, size, bicubic
         self.share = share or (1 if size <= 64 else 224 / 256)
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, row):
         image, really = self.images.decode(row)
         h, w = image.shape[1:]
@@ -481,8 +467,6 @@ class Centres(torch.utils.data.Dataset):
 
 def resize(image, size, bicubic=False):
     """A uint8 image (3, h, w) resized to (3, size, size) with antialiasing."""
-    if image.shape[1:] == (size, size):
-        return image
     mode = "bicubic" if bicubic else "bilinear"
     return F.interpolate(image[None], size, mode=mode, antialias=True)[0]
 
@@ -520,15 +504,18 @@ def crop(images, views, steps, seed, part, workers, device):
         return
     batches = ([(step, row) for row in rows[part].tolist()] for step, rows in steps)
     for crops, bad in loader(Crops(images, views, seed), workers, device, batch_sampler=batches):
-        images.report([os.fsdecode(images.paths[row]) for row in bad.tolist() if row >= 0])
+        images.report([images.paths[row] for row in bad.tolist() if row >= 0])
         yield [x.to(device, non_blocking=True).to(torch.get_default_dtype()) / 255 for x in crops]
 
 
-def centres(images, rows, size, workers, device, batch=256):
+def centres(images, rows, size, workers, device, share=None, bicubic=False, batch=256):
     """Yields images for evaluation, in the order of rows (n,), as floats (n, 3, size, size) in
-    [0, 1] on the device, and the rows that they really are (an unreadable one is the next)."""
-    workers, dataset = workers if images.pixels is None else 0, Centres(images, size)
-    for x, really in loader(dataset, workers, device, sampler=rows.tolist(), batch_size=batch):
+    [0, 1] on the device, and the rows that they really are: see Images.decode(), Centres."""
+    dataset = Centres(images, size, share, bicubic)
+    workers = workers if images.pixels is None else 0
+    loaded = loader(dataset, workers, device, sampler=rows.tolist(), batch_size=batch)
+    for asked, (x, really) in zip(rows.split(batch), loaded, strict=True):
+        images.report([images.paths[row] for row in asked[asked != really].tolist()])
         yield x.to(device, non_blocking=True).to(torch.get_default_dtype()) / 255, really
 
 

@@ -1,7 +1,5 @@
 """A kNN classifier on frozen features: a cheap look at how training goes."""
 
-import os
-
 import torch
 import torch.nn.functional as F
 
@@ -27,10 +25,7 @@ def features(backbone, images, rows, size, workers, device):
     for x, really in data.centres(images, rows, size, workers, device):
         encoded.append(F.normalize(backbone((x - mean) / std)))
         read.append(really)
-    read = torch.cat(read)
-    if images.paths is not None:
-        images.report([os.fsdecode(images.paths[row]) for row in rows[rows != read].tolist()])
-    return torch.cat(encoded), images.labels[read].to(device)
+    return torch.cat(encoded), images.labels[torch.cat(read)].to(device)
 
 
 def vote(bank, queries, k=200, temperature=0.1):

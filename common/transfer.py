@@ -105,19 +105,17 @@ TRANSFER = {
     "cifar100": Target("CIFAR-100", 77.8, TOP1, 5067, None),
     "birdsnap": Target("Birdsnap", 58.5, TOP1, 4981, None, "thomasberg.org lists "
         "links, some dead; put the images into ROOT/birdsnap/{train,test}/SPECIES/"),
-    "sun397": Target("SUN-397", 67.8, TOP1, 3970, sun397, "--download gets the images; "
-        "Partitions.zip at vision.princeton.edu/projects/2010/SUN has the lists Training_01.txt "
-        "and Testing_01.txt, to be put into ROOT/SUN397/"),
+    "sun397": Target("SUN-397", 67.8, TOP1, 3970, sun397, "add --download; put the lists of "
+        "vision.princeton.edu/projects/2010/SUN, Partitions.zip, into ROOT/SUN397/"),
     "cars": Target("Cars", 69.7, TOP1, 1650, listed("StanfordCars", "train", "test"), "its address "
-        "is dead; put a copy's cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat "
-        "into ROOT/stanford_cars/, and install scipy"),
+        "is dead; install scipy, and put a copy's cars_train/, cars_test/, devkit/ and "
+        "cars_test_annos_withlabels.mat into ROOT/stanford_cars/"),
     "aircraft": Target("Aircraft", 59.3, MEAN, 0, listed("FGVCAircraft", "train", "val", "test")),
     "voc2007": Target("VOC-07", 93.8, "11-point mAP", 0, voc2007),  # 93.8: probably by another
     "dtd": Target("DTD", 80.2, TOP1, 0, listed("DTD", "train", "val", "test")),  # split 1 of ten
     "pets": Target("Pets", 87.2, MEAN, 740, listed("OxfordIIITPet", "trainval", "test")),
     "caltech101": Target("Caltech-101", 93.1, MEAN, 0, caltech101),
-    "flowers102": Target("Flowers", 92.5, MEAN, 0, listed("Flowers102", "train", "val", "test"),
-        "add --download, and install scipy, which its lists need"),
+    "flowers102": Target("Flowers", 92.5, MEAN, 0, listed("Flowers102", "train", "val", "test")),
     "places205": Target("Places-205", 56.8, TOP1, 20500, None,
         "places.csail.mit.edu has it; put it into ROOT/places205/{train,val}/CLASS/"),
 }

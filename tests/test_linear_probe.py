@@ -693,7 +693,7 @@ def test_a_probe_and_its_folder(protocol, more, rule, epochs, run_folder, tmp_pa
 
     stamp = (tmp_path / "result.json").stat().st_mtime_ns
     main(*argv)  # complete: nothing is done again, and the result is printed
-    assert capsys.readouterr().out.splitlines()[-2:] == out.splitlines()[-2:]
+    assert capsys.readouterr().out.splitlines()[-1] == out.splitlines()[-1]
     assert stamp == (tmp_path / "result.json").stat().st_mtime_ns
     assert before == {p.name: p.read_bytes() for p in run_folder.iterdir()}
 
@@ -747,7 +747,7 @@ def test_transfer_prints_a_table_and_names_what_is_absent(run_folder, tmp_path, 
     main(*argv, tmp_path / "l2")
     table = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert "lbfgs, l2 search" in table[0]
-    rows = {line[:12].strip(): line[12:].split(None, 2) for line in table[1:-1]}
+    rows = {line[:12].strip(): line[12:].split(None, 2) for line in table[1:]}
     assert len(rows) == 13 and rows["DTD"][0] == "80.2"
     assert rows["VOC-07"][2].endswith("is probably another")
     found = json.loads((tmp_path / "l2" / "result.json").read_text())["results"]
@@ -790,9 +790,8 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tmp_path, capsys, m
     last = torch.load(run_folder / "last.pt", weights_only=True)
     run = last["args"]
     for i, change in enumerate(({"method": "planted"}, {"method": "../x"}, {"method": None},
-                                {"format": 2}, {"arch": "resnet7"}, {"queue": None})):
+                                {"format": 2})):
         save({**last, "args": {**run, **change}}, f"last{i}.pt")
-    save({**last, "args": {k: v for k, v in run.items() if k != "dim"}}, "last6.pt")
     shutil.copytree(run_folder, "other")
     save(encoders[0], "other/backbone.pth")
 
@@ -805,8 +804,7 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tmp_path, capsys, m
         "nan.pth": "are not finite",
         "last0.pt": "planted.py is not beside", "last1.pt": "is not beside",
         "last2.pt": "None.py is not beside", "last3.pt": "of another version",
-        "last4.pt": "build no network", "last5.pt": "build no network",
-        "last6.pt": "no attribute 'dim'", "other": 'Unexpected key(s) in state_dict: "layer1.1.',
+        "other": 'Unexpected key(s) in state_dict: "layer1.1.',
     }.items():
         assert words in refuse(capsys, name, "--data", "demo", "--out", "out", *flags("knn")), name
         shutil.rmtree("out", ignore_errors=True)
