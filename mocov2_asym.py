@@ -647,14 +647,9 @@ def resume(args, about, model, optimizer):
     out, script = Path(args.out), Path(__file__)
     last, lines, step = out / "last.pt", out / "log.jsonl", 0
     check(not out.exists() or out.is_dir(), f"--out {out} is no folder; use another")
-    if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            last.unlink(missing_ok=True)
-    barrier()  # the others look when that is done
-
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     kept = [json.dumps({"command": sys.argv, **about})]
-    if last.exists():
+    if last.exists() and (restarted or not args.overwrite):
         state = load(last)
         old, step = state["args"], state["step"]
         differ = [f"{k} {old.get(k)} there, {v} here" for k, v in about.items()
@@ -672,11 +667,13 @@ def resume(args, about, model, optimizer):
     barrier()  # all have looked
 
     if rank() == 0:
-        lines.with_suffix(".tmp").write_text("\n".join(kept) + "\n")
-        os.replace(lines.with_suffix(".tmp"), lines)
+        out.mkdir(parents=True, exist_ok=True)
         if not step:
+            last.unlink(missing_ok=True)
             Path(out, "args.json").write_text(json.dumps(about, indent=1))
             Path(out, script.name).write_bytes(script.read_bytes())
+        lines.with_suffix(".tmp").write_text("\n".join(kept) + "\n")
+        os.replace(lines.with_suffix(".tmp"), lines)
     return step
 
 
