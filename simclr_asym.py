@@ -657,20 +657,18 @@ def variances(args, model, images, device):
     total = min(math.ceil(512 / n), len(images) // n) * n
     chosen = torch.randperm(len(images), generator=rng(args.seed, "twice"))[:total]
     orders = [torch.randperm(total, generator=rng(args.seed, "mates", t)) for t in range(2)]
-    rows = chosen[torch.cat(orders)].split(n)  # all in one order, then all in the other
-    batches = [(f"variance {i}", part) for i, part in enumerate(rows)]  # named, not numbered
+    order = torch.cat(orders)  # all in one order, then all in the other
+    batches = [(f"variance {i}", rows) for i, rows in enumerate(chosen[order].split(n))]
 
-    z_src, z_tgt = [], []  # (N, views, d) for each batch
+    z_src, z_tgt = [], []  # (n, views, d) for each batch
     for (src, tgt), generator in views(args, images, batches, device):
-        z = torch.stack(model.source(src, track=False), 1)
-        z_src.append(gather(F.normalize(z, dim=2)))
-        z = torch.stack(model.target(tgt, generator if model.shuffle else None, track=False), 1)
-        z_tgt.append(gather(F.normalize(z, dim=2)))
+        z_src.append(torch.stack(model.source(src, track=False), 1))
+        shuffle = generator if model.shuffle else None
+        z_tgt.append(torch.stack(model.target(tgt, shuffle, track=False), 1))
 
     def variance(z):
-        first, second = torch.cat(z).chunk(2)  # (total, views, d), and back to one order:
-        z = torch.cat([first[orders[0].argsort()], second[orders[1].argsort()]], 1)
-        return z.var(1).mean().item()
+        z = gather(F.normalize(torch.cat(z), dim=2))[order.argsort(stable=True)]  # in pairs
+        return z.unflatten(0, (total, 2)).flatten(1, 2).var(1).mean().item()
 
     return {"v_src": variance(z_src), "v_tgt": variance(z_tgt)}
 
