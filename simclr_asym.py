@@ -37,7 +37,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from common import augment, data, knn, resnet
 from common.augment import View, rng
@@ -451,6 +450,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 MAY_DIFFER = {  # between a run and its continuation
     "code", "data", "data_root", "device", "download", "dry_run", "knn_every", "log_every", "nproc",
     "out", "overwrite", "save_every", "show_views", "steps", "torch", "workers"}
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # finish the step, save and exit
 
 
 def parse_args(argv=None):
@@ -556,7 +556,10 @@ def train(args, about, model, sets, device):
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
     last = min(total, args.steps or total)
     optimizer = Method.optimizer(args, model)
-    check_groups(model, optimizer)
+    grouped = {p for group in optimizer.param_groups for p in group["params"]}
+    left = [k for k, p in model.named_parameters() if p.requires_grad and p not in grouped]
+    check(not left, f"in no group of the optimizer: {', '.join(left)}; see Method.optimizer()")
+
     first, signals = resume(args, about, model, optimizer), []
     for signum in SIGNALS:
         signal.signal(signum, lambda signum, frame: signals.append(signum))
@@ -567,7 +570,7 @@ def train(args, about, model, sets, device):
 
     net = model
     if world_size() > 1:
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # sync_buffers() is enough; as an argument it is deprecated
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
     since, waited, logged = time.time(), 0.0, first
@@ -607,20 +610,10 @@ def train(args, about, model, sets, device):
         asked = time.time()
 
 
-def check_groups(model, optimizer):
-    """A parameter in no group would never be trained."""
-    grouped = {p for group in optimizer.param_groups for p in group["params"]}
-    left = [k for k, p in model.named_parameters() if p.requires_grad and p not in grouped]
-    check(not left, f"in no group of the optimizer: {', '.join(left)}; see Method.optimizer()")
-
-
 def views(args, images, batches, device):
     """This process's share of what plan_views() plans, and a generator, for each of batches."""
     plan = plan_views(args)
     return data.stream(images, plan, batches, args.seed, rank(), world_size(), args.workers, device)
-
-
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # finish the step, save and exit
 
 
 # ============================================================================== shared: monitor
@@ -843,9 +836,8 @@ def work(args):
     model = Method(args).to(device)
     if args.init:
         weights = {k: v for k, v in load(args.init).items() if not k.startswith(("fc.", "heads."))}
-        what = f"--init {args.init} (other names? see linear_probe.py --export)"
-        fit(model.source.backbone, weights, what)
-        fit(model.target.backbone, weights, what)
+        for encoder in (model.source, model.target):
+            fit(encoder.backbone, weights, f"--init {args.init} (see linear_probe.py --export)")
 
     millions = lambda tensors: f"{sum(t.numel() for t in tensors) / 1e6:.2f} M"
     say(f"{METHOD}, {args.recipe} recipe; {args.data}, {n} images; {args.arch}, {device}, amp "
