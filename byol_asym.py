@@ -764,13 +764,12 @@ def guarded(work, args):
 
 def join_processes(args):
     """Joins the processes of torchrun or launch(), if there are; returns this one's device."""
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), "gloo"
     torch.backends.cudnn.benchmark = True  # views come in few sizes
     if "RANK" in os.environ:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from now on, it is "cuda"
+            backend = "cpu:gloo,cuda:nccl"
         # a new store for each restart by torchrun: the old one has killed processes' ports
         store, r, n = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
