@@ -177,8 +177,7 @@ class Encoder(nn.Module):
         The first bag holds the large views, encoded jointly; with two or more this is MeanEnc (Sec.
         4.5). Each further bag holds a small crop (MultiCrop, Sec. 4.1); they go through in one
         pass. shuffle: a generator that draws other batch-mates for BN. track: whether the large
-        views move BN's running statistics.
-        """
+        views move BN's running statistics."""
         large, *small = bags
         encodings = [self.encode(large, 1, shuffle, track).mean(0)]
         if small:
