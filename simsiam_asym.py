@@ -729,9 +729,8 @@ def launch(args, work):
     context = mp.spawn(child, (work, args, store.port), args.nproc, join=False)
 
     def pass_on(signum, frame):  # they save and exit, and this process waits
-        for process in context.processes:
-            if process.is_alive():
-                os.kill(process.pid, signum)
+        for process in mp.active_children():
+            os.kill(process.pid, signum)
 
     for signum in SIGNALS:
         signal.signal(signum, pass_on)
