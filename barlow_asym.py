@@ -301,10 +301,9 @@ class SyncNorm(torch.autograd.Function):
 
 def sync_buffers(model):
     """Makes running statistics means over processes; linear in the batches, so any time will do."""
-    for bn in model.modules():
-        if isinstance(bn, BatchNorm):
-            for stat in (bn.running_mean, bn.running_var):
-                stat.copy_(all_sum(stat) / world_size())
+    for name, buffer in model.named_buffers():
+        if "running_" in name:  # mean or var
+            buffer.copy_(all_sum(buffer) / world_size())
 
 
 def all_sum(x):
