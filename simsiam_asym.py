@@ -597,10 +597,9 @@ def measure(args, model, sets, device):
     result = variances(args, model, images, device)
     if bank is not None:
         sync_buffers(model)
-        model.eval()
+        net = model.eval().source.backbone
         if rank() == 0:  # the others wait at the next exchange
-            result["knn"] = knn.accuracy(model.source.backbone, bank, queries, args.img_size,
-                                         args.workers, device)
+            result["knn"] = knn.accuracy(net, bank, queries, args.img_size, args.workers, device)
         model.train()
     return result
 
