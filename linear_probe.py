@@ -39,11 +39,11 @@ import torch.nn.functional as F
 
 from common import augment, data, knn, resnet
 from common.augment import View, rng
+from common.distributed import all_sum, barrier, check_launch, gather, mine, rank, say, world_size
 from common.flags import amount, check, fraction, parser, positive, whole
 from common.lars import LARS
 from common.transfer import METRICS, TRANSFER
-from mocov2_asym import (SIGNALS, all_sum, barrier, check_launch, fit, gather, join_processes,
-                         launch, lr_factor, mine, rank, say, world_size)
+from mocov2_asym import SIGNALS, fit, join_processes, launch, lr_factor
 
 # ============================================================================== protocols
 PROTOCOLS = {  # lr: per 256 images. Epochs and schedule of sgd are our choice, the paper is silent

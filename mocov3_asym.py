@@ -40,6 +40,7 @@ import torch.nn.functional as F
 
 from common import augment, data, knn, resnet
 from common.augment import View, rng
+from common.distributed import all_sum, barrier, check_launch, gather, mine, rank, say, world_size
 from common.flags import amount, check, fraction, parser, positive, whole
 
 # ============================================================================== method: recipes
@@ -410,42 +411,6 @@ def sync_buffers(model):
             buffer.copy_(all_sum(buffer) / world_size())
 
 
-def all_sum(x):
-    """Sum over processes, as a new tensor without gradient."""
-    x = x.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-@torch.no_grad()
-def gather(x):
-    """The global batch (N, ...), in its order, from each process's (n, ...); without gradient."""
-    if world_size() == 1:
-        return x
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x)
-    return torch.stack(parts, 1).flatten(0, 1)
-
-
-def mine():
-    """The positions of the global batch that this process holds: every world-th."""
-    return slice(rank(), None, world_size())
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def barrier():
-    all_sum(torch.zeros(1))
-
-
 # ============================================================================== shared: heads
 def mlp(sizes, bn, last=(), bias=False, last_bias=False):
     """Linear layers of these sizes with BN and ReLU between them: (n, sizes[0]) -> (n, sizes[-1]).
@@ -527,7 +492,6 @@ def check_original(args):
 
 # ============================================================================== shared: flags
 METHOD = Path(__file__).stem
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 MAY_DIFFER = {  # between a run and its continuation
     "code", "data", "data_root", "device", "download", "dry_run", "knn_every", "log_every", "nproc",
     "out", "overwrite", "save_every", "show_views", "steps", "torch", "workers"}
@@ -612,23 +576,6 @@ def check_flags(args):
         check(0 < low <= high, f"crops of {low} to {high} of the area: give FROM and TO")
     check(args.arch in ARCHS, f"--arch {args.arch} is unknown; use one of {' '.join(ARCHS)}")
     method_checks(args)
-
-
-def check_launch(args):
-    """Processes and devices; fills in --device and --workers."""
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc)), torch.cuda.device_count()
-    check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other")
-    check(args.device != "mps" or torch.backends.mps.is_available(), "no mps here; use cpu")
-    args.device = args.device or ("cuda" if gpus else "cpu")
-    check(args.device != "cuda" or here <= gpus,
-          f"{here} process(es) here and {gpus} GPU(s): start fewer, or use --device cpu")
-    if args.workers is None:
-        args.workers = min(8, max(1, CORES // here))
-
-
-def say(message):
-    if rank() == 0:
-        print(message, flush=True)
 
 
 # ============================================================================== shared: training
@@ -861,7 +808,7 @@ def child(index, work, args, port):
     os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(args.nproc),
                    "LOCAL_WORLD_SIZE": str(args.nproc), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    torch.set_num_threads(max(1, CORES // args.nproc))
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.nproc))
     guarded(work, args)
 
 

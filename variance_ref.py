@@ -30,8 +30,9 @@ import torch.nn.functional as F
 
 from common import data
 from common.augment import rng
+from common.distributed import check_launch, say
 from common.flags import check, number, parser, positive, whole
-from mocov2_asym import check_launch, launch, load, say
+from mocov2_asym import launch, load
 
 # ============================================================================== designs
 # Flags of the training scripts, the bags encoded, the paper's v (1e-4, Sec. 4), who gains. Two rows

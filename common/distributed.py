@@ -1,0 +1,64 @@
+"""The processes of a run: which one this is, and what they exchange. Also for a run of one."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from common.flags import check
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def mine():
+    """The positions of the global batch that this process holds: every world-th."""
+    return slice(rank(), None, world_size())
+
+
+def all_sum(x):
+    """Sum over processes, as a new tensor without gradient."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def gather(x):
+    """The global batch (N, ...), in its order, from each process's (n, ...); without gradient."""
+    if world_size() == 1:
+        return x
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x)
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def barrier():
+    all_sum(torch.zeros(1))
+
+
+def say(message):
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def check_launch(args):
+    """Processes and devices; fills in --device and --workers."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", args.nproc)), torch.cuda.device_count()
+    check(args.nproc == 1 or "RANK" not in os.environ, "--nproc and torchrun exclude each other")
+    check(args.device != "mps" or torch.backends.mps.is_available(), "no mps here; use cpu")
+    args.device = args.device or ("cuda" if gpus else "cpu")
+    check(args.device != "cuda" or here <= gpus,
+          f"{here} process(es) here and {gpus} GPU(s): start fewer, or use --device cpu")
+    if args.workers is None:
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        args.workers = min(8, max(1, cores // here))
