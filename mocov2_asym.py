@@ -44,20 +44,21 @@ from common.flags import amount, check, fraction, parser, positive, whole
 
 # ============================================================================== method: recipes
 # imagenet is the paper's (Sec. 4 and 7, its code for the rest). small, after MoCo's CIFAR demo, and
-# demo are our choice: no blur, and a queue so short that an image seldom meets its own old key.
+# demo are our choice: no blur, and a queue so short that an image seldom meets its own old key. The
+# target must be slow beside it, or the loss falls because old keys look old, not by telling images.
 ARCHS = dict.fromkeys(resnet.ARCHS, {})  # for each, its own rows of RECIPES: none
 RECIPES = {
     # flag           imagenet     small        demo         meaning
     "arch":          ("resnet50", "resnet18",  "tiny",      "any torchvision resnet, or tiny"),
     "img_size":      (224,        32,          32,          "pixels; up to 64: the CIFAR stem"),
-    "epochs":        (100,        200,         10,          "length of training and schedules"),
+    "epochs":        (100,        200,         8,           "length of training and schedules"),
     "batch_size":    (256,        512,         64,          "images per step, of all processes"),
-    "lr":            (0.03,       0.03,        0.48,        "learning rate per 256 images"),
+    "lr":            (0.03,       0.03,        0.72,        "learning rate per 256 images"),
     "wd":            (1e-4,       5e-4,        1e-4,        "weight decay"),
     "warmup_epochs": (0.0,        0.0,         1.5,         "linear warm-up of the learning rate"),
     "bn_groups":     (8,          8,           8,           "virtual devices of BN; 1 is SyncBN"),
-    "queue":         (65536,      4096,        256,         "keys in the queue"),
-    "ema":           (0.999,      0.99,        0.97,        "momentum m of the target encoder"),
+    "queue":         (65536,      4096,        128,         "keys in the queue"),
+    "ema":           (0.999,      0.99,        0.98,        "momentum m of the target encoder"),
     "temperature":   (0.2,        0.1,         0.2,         "temperature tau of InfoNCE"),
     "hidden":        (2048,       512,         256,         "width of the hidden layers"),
     "dim":           (128,        128,         128,         "dimension of the encodings"),
