@@ -156,7 +156,8 @@ def lbfgs_probe(args, task):
             f"{args.max_iter}, from l2 {' '.join(short[:1])} on; the final one did"
             f"{' not' * (not final.solved)}")
     value = grade(task, final.predict, task.test_x.to(device).double(), task.test_labels)
-    return {"value": value, "chosen": {"l2": l2}, "rule": "l2 search", "scores": scores}
+    return {"value": value, "chosen": {"l2": l2}, "rule": "l2 search", "scores": scores,
+            "unsolved": short}
 
 
 def fit_l2(x, labels, classes, l2, start=None, most=1000):
@@ -398,7 +399,7 @@ def of_run(args, run, path):
     script = Path(__file__).parent / f"{method}.py"
     check(method.isidentifier() and script.is_file() and run.get("format") == 3, f"{path} is of "
           f"another version of these scripts, or {script.name} is not beside linear_probe.py; put "
-          "it there, or copy backbone.pth to a folder without args.json, and give its numbers")
+          "it there, or copy backbone.pth elsewhere, and give args.json's --mean --std --img-size")
     module = importlib.import_module(method)
     if run.get("code") != module.code_digest():
         say(f"note: {script.name} or common/ changed since {path} was trained")

@@ -190,7 +190,7 @@ class Encoder(nn.Module):
         """Encodings (v, n, d) of v views (n, 3, s, s). parts: BN sees so many parts, each apart."""
         x = torch.cat(views)  # view k of image i at k n + i
         if self.bf16:
-            x = x.bfloat16()  # as autocast would before the first layer: half to gather
+            x = x.bfloat16()  # as autocast would before the first layer: half the bytes to gather
         if shuffle is not None:  # among the images of all processes, each part by itself
             size = len(x) * world_size() // parts
             orders = [k * size + torch.randperm(size, generator=shuffle) for k in range(parts)]
@@ -544,9 +544,10 @@ def measure(args, model, sets, device):
     result = variances(args, model, images, device)
     if bank is not None:
         sync_buffers(model)
-        net = model.eval().source.backbone
+        model.eval()
+        net, size = model.source.backbone, args.img_size
         if rank() == 0:  # the others wait at the next exchange
-            result["knn"] = knn.accuracy(net, bank, queries, args.img_size, args.workers, device)
+            result["knn"] = knn.accuracy(net, bank, queries, size, args.workers, device)
         model.train()
     return result
 
@@ -562,14 +563,14 @@ def variances(args, model, images, device):
     order = torch.cat(orders)  # all in one order, then all in the other
     batches = [(f"variance {i}", rows) for i, rows in enumerate(chosen[order].split(n))]
 
-    z_src, z_tgt = [], []  # (n, views, d) for each batch
+    z_src, z_tgt = [], []  # for each batch, this process's (., views, d)
     for (src, tgt), generator in views(args, images, batches, device):
         z_src.append(torch.stack(model.source(src, track=False), 1))
         shuffle = generator if model.shuffle else None
         z_tgt.append(torch.stack(model.target(tgt, shuffle, track=False), 1))
 
     def variance(z):
-        z = gather(F.normalize(torch.cat(z), dim=2))[order.argsort(stable=True)]  # in pairs
+        z = gather(F.normalize(torch.cat(z), dim=2))[order.argsort(stable=True)]  # i at 2i, 2i + 1
         return z.unflatten(0, (total, 2)).flatten(1, 2).var(1).mean().item()
 
     return {"v_src": variance(z_src), "v_tgt": variance(z_tgt)}
@@ -705,10 +706,9 @@ def guarded(work, args):
 def join_processes(args):
     """Joins the processes of torchrun or launch(), if there are; returns this one's device."""
     device, backend = torch.device(args.device), "gloo"
-    torch.backends.cudnn.benchmark = True  # views come in few sizes
     if "RANK" in os.environ:
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from now on, it is "cuda"
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" now means this one
             backend = "cpu:gloo,cuda:nccl"
         # a new store for each restart by torchrun: the old one has killed processes' ports
         store, r, n = next(dist.rendezvous("env://"))

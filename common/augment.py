@@ -11,10 +11,11 @@ its slice. So a run does not depend on the number of processes; resuming needs n
 Order: flip, jitter (its parts in an order of the image's own), grey, blur, solarize, RandAugment,
 normalize. The papers' codes flip first or last; it commutes with all but RandAugment, which the
 paper's code has last. Each operation equals torchvision's functional form (tests/test_augment.py
-gives the tolerances). Deviations, beside RandAugment's interpolation, bilinear alone:
+gives the tolerances). Deviations:
   * The blur is cut at 11 pixels (BYOL's 23 taps at 224 px), or at the border below 12 px, and
     reflects images there; PIL repeats the border's pixels.
   * BYOL's and SimCLR v1's brightness is additive in their code; here it multiplies.
+  * RandAugment interpolates bilinearly; timm's picks bilinear or bicubic at random.
 """
 
 import hashlib

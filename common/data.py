@@ -137,7 +137,10 @@ def load(name, root="data", download=False):
     train. root: where torchvision's sets are, or go. Says what was found. Raises DataError."""
     with contextlib.suppress(AttributeError):  # a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
+    first = not download and os.environ.get("RANK", "0") == "0"
     if name in NAMES:
+        if first and os.path.isdir(name):
+            print(f"data: {name} is the built-in set; --data ./{name} is the folder", flush=True)
         return load_named(name, root, download)
 
     if name.endswith(".npz"):
@@ -166,7 +169,7 @@ def load(name, root="data", download=False):
         tenth = torch.randperm(len(images), generator=rng("queries")) % 10 == 9
         sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: a tenth of these"
 
-    if not download and os.environ.get("RANK", "0") == "0":
+    if first:
         n = len(images.classes)
         what = f"{n} classes ({show(images.classes)})" if n else "no labels"
         if images.pixels is not None:
@@ -338,7 +341,7 @@ def in_memory(images):
     images, evenly spaced, it looks for what is lost; DataError where most cannot be read, most of
     those of 16 bits leave the upper half of the range, as with 12 bits, or all are of one value."""
     sample = range(0, len(images), max(1, len(images) // 50))
-    shapes, values, dark, left = set(), set(), [], Counter()
+    shapes, values, dark, broken, left = set(), set(), [], None, Counter()
     for row in sample:
         pixels, there = images.decode(row)
         shapes.add(pixels.shape)
@@ -346,6 +349,7 @@ def in_memory(images):
         with Image.open(os.fsdecode(images.paths[there]), formats=FORMATS) as image:
             coding = f"{image.mode} {image.tile[:1]}"
             left["what cannot be read: the next instead"] += there != row
+            broken = images.paths[row] if there != row else broken
             left["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
             left["all frames but the first"] += getattr(image, "is_animated", False)
             left["what is transparent: now white"] += image.has_transparency_data
@@ -361,7 +365,8 @@ def in_memory(images):
                         "0 to 255, and no transparency where there is image")
     unread = left["what cannot be read: the next instead"]
     if unread * 2 > len(sample):
-        raise DataError(f"{unread} of {len(sample)} images looked at beside {first} cannot be read")
+        raise DataError(f"{unread} of {len(sample)} images looked at cannot be read, as "
+                        f"{fault(broken)}")
     left["dark 16 bits, or fewer"] = sum(dark)
     left[f"values above {high}"] = (high < 128) * len(sample)
     left = [f"{what}, in {n} of {len(sample)} looked at" for what, n in left.items() if n]

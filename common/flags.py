@@ -31,7 +31,7 @@ amount, fraction = number(float, 0), number(float, 0, 1)
 
 def check(good, message, alone=False):
     """Unless good, ends the program with a line that says what was wrong, what was found and what
-    to do, exit code 2: one line a node, or from each process if it may be alone with it."""
+    to do, exit code 2: once a node, or by this process alone, if the others may not fail."""
     if not good:
         if alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)

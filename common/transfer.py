@@ -115,7 +115,8 @@ TRANSFER = {
     "dtd": Target("DTD", 80.2, TOP1, 0, listed("DTD", "train", "val", "test")),  # split 1 of ten
     "pets": Target("Pets", 87.2, MEAN, 740, listed("OxfordIIITPet", "trainval", "test")),
     "caltech101": Target("Caltech-101", 93.1, MEAN, 0, caltech101),
-    "flowers102": Target("Flowers", 92.5, MEAN, 0, listed("Flowers102", "train", "val", "test")),
+    "flowers102": Target("Flowers", 92.5, MEAN, 0, listed("Flowers102", "train", "val", "test"),
+        "add --download, and install scipy"),
     "places205": Target("Places-205", 56.8, TOP1, 20500, None,
         "places.csail.mit.edu has it; put it into ROOT/places205/{train,val}/CLASS/"),
 }

@@ -11,7 +11,7 @@ a line to results/DATA.jsonl. Runs that are there are not repeated; one that was
 compared have the same number of epochs, as in the paper. tables.py has the cells, report.py the statistics.
 
 micro, the default recipe, is MoCo v2's demo recipe made so small that a run takes about a minute of one thread. It was chosen
-on the baseline alone, before any design was tried (results/micro.txt), and is left as it is."""
+on the baseline alone, before any design was tried (results/micro.txt). Results are of the demo recipe and data of their commits."""
 
 import argparse
 import importlib
