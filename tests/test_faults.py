@@ -51,7 +51,7 @@ def test_wrong_data_end_in_one_line_from_whom_they_met(capsys, monkeypatch, kind
 # ---- signals and deaths ----
 
 
-@pytest.mark.parametrize("how", ["fork", "pair"])
+@pytest.mark.parametrize("how", ["fork", pytest.param("pair", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", drill.SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_exits(place, how, number, monkeypatch):
     """In the middle of step 6, to all processes, loader workers too; or to the second of two."""

@@ -60,8 +60,8 @@ def outcome(script, line, out):
     return "trained"
 
 
-@pytest.mark.parametrize("script", [
-    pytest.param(name, marks=[] if name == "mocov2_asym" else pytest.mark.slow) for name in SCRIPTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_command_lines(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tries = 30 if script == "mocov2_asym" else 6

@@ -111,6 +111,7 @@ def test_the_positive_is_not_in_the_denominator(hacked):
     assert model.info_nce(alike, alike).item() == pytest.approx(chance, rel=1e-5)
 
 
+@pytest.mark.slow
 @of("random_swap_of_views")
 def test_the_views_of_some_steps_are_swapped(hacked):
     script, plain = hacked

@@ -412,7 +412,8 @@ def timm_names(state):
 
 @pytest.mark.parametrize("names, arch, size, patch, layers, heads", [
     ("MoCo v3's", "vit_small", 32, 16, 12, 12), ("MoCo v3's", "vit_tiny", 16, 4, 4, 3),
-    ("DINO's", "vit_small", 64, 16, 12, 6), ("torchvision's", "vit_small", 64, 16, 12, 6)])
+    pytest.param("DINO's", "vit_small", 64, 16, 12, 6, marks=pytest.mark.slow),
+    ("torchvision's", "vit_small", 64, 16, 12, 6)])
 def test_vits_are_the_networks_of_those_who_publish_them(names, arch, size, patch, layers, heads,
                                                          tmp_path, capsys):
     """Learned positions: 64 channels a head. DINO's ViT-S has MoCo v3's tensors, shape by shape,

@@ -166,7 +166,8 @@ def disturbed(method, line, stop=None, deaf=None, dropout=0.0):
 
 
 @pytest.mark.parametrize("method, flags", [
-    ("mocov2_asym", PREFERRED + QUIET), ("barlow_asym", OTHER + QUIET),
+    ("mocov2_asym", PREFERRED + QUIET),
+    pytest.param("barlow_asym", OTHER + QUIET, marks=pytest.mark.slow),
     pytest.param("simsiam_asym", PREFERRED + MEASURED, marks=pytest.mark.slow),
     pytest.param("mocov3_asym", "--arch vit_tiny --mean-enc 2" + QUIET, marks=pytest.mark.slow)])
 def test_a_run_interrupted_twice_is_the_uninterrupted_one_bit_for_bit(

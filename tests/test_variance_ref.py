@@ -137,6 +137,7 @@ def test_streaming_is_keeping_all(mocov2, monkeypatch):
     close(sums, torch.stack([sum(z) for z in kept]))
 
 
+@pytest.mark.slow
 def test_a_run_is_a_function_of_its_arguments(mocov2, tmp_path, capsys):
     found = []
     for seed in (0, 0, 1):
@@ -172,6 +173,7 @@ def test_processes_do_not_change_the_result(pool, run, tmp_path):
         assert found[0][name]["total"] == pytest.approx(found[1][name]["total"], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_figure(mocov2, tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure").Figure
     drawn, save = [], figure.savefig
@@ -337,6 +339,7 @@ def test_verdicts_can_fail(found, verdict, capsys):
     assert not holds[verdict] and sum(holds) >= 4  # a wrong ratio is a wrong variance, too
 
 
+@pytest.mark.slow
 def test_theory_is_a_function_of_the_seed(monkeypatch):
     monkeypatch.setattr(variance_ref, "LEVELS", [0.0, 0.5])
     a, b, c = (variance_ref.theory(seed, draws=100) for seed in (0, 0, 1))
