@@ -562,8 +562,7 @@ def variances(args, model, images, device):
     n = args.batch_size
     total = min(math.ceil(512 / n), len(images) // n) * n
     chosen = torch.randperm(len(images), generator=rng(args.seed, "twice"))[:total]
-    orders = [torch.randperm(total, generator=rng(args.seed, "mates", t)) for t in range(2)]
-    order = torch.cat(orders)  # all in one order, then all in the other
+    order = torch.cat([torch.randperm(total, generator=rng(args.seed, "mates", t)) for t in (0, 1)])
     batches = [(f"variance {i}", rows) for i, rows in enumerate(chosen[order].split(n))]
 
     z_src, z_tgt = [], []  # for each batch, this process's (., views, d)
@@ -678,8 +677,9 @@ def launch(args, work):
     context = mp.spawn(child, (work, args, store.port), args.nproc, join=False)
 
     def pass_on(signum, frame):  # they save and exit, and this process waits
-        for process in mp.active_children():
-            os.kill(process.pid, signum)
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, signum)
 
     for signum in SIGNALS:
         signal.signal(signum, pass_on)
