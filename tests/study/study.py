@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from report import print_claim, report
-from tables import RECIPES, key, read, tables
+from tables import OWN, RECIPES, key, read, tables
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -54,9 +54,10 @@ def wanted(cells, seeds, base_seeds):
 def command(cell, seed, recipe, data):
     """The command line that trains, without python and --out."""
     flags, epochs, small = RECIPES[recipe]
+    own = OWN.get((recipe, cell.script), "")
     epochs = "" if "--epochs" in cell.flags else f"--epochs {epochs}"
     where = "" if data == "demo" else f"--data {shlex.quote(data)}"
-    parts = [f"{cell.script}.py", flags, epochs, small if "multicrop" in cell.flags else "", where, cell.flags,
+    parts = [f"{cell.script}.py", flags, own, epochs, small if "multicrop" in cell.flags else "", where, cell.flags,
              f"--seed {seed} --knn-every 1000"]
     return " ".join(part for part in parts if part)
 
