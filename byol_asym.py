@@ -202,6 +202,7 @@ class Encoder(nn.Module):
 
         # as BatchNorm expects it: row i parts + k is of part k
         x = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)
+        x = x.contiguous(memory_format=torch.channels_last)  # convolutions are faster so
         norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
         for bn in norms:
             bn.parts, bn.track = parts, track
@@ -277,10 +278,9 @@ class SyncNorm(torch.autograd.Function):
         # That held mean and var constant: dx = weight invstd dy. As they move with x, it is
         # weight invstd (dy - mean(dy) - x' mean(dy x')), x' = (x - mean) invstd, means over all.
         invstd = (var + ctx.eps).rsqrt()
-        constant, slope = all_sum(torch.stack([dbias, dweight])) * invstd / ctx.n
+        constant, slope = all_sum(torch.stack([dbias, dweight * invstd])) * invstd / ctx.n
         if weight is not None:
             constant, slope = constant * weight, slope * weight
-        slope = slope * invstd
         shape = 1, -1, *[1] * (x.ndim - 2)
         dx = torch.addcmul(dx, x, slope.to(x.dtype).view(shape), value=-1)
         dx -= (constant - slope * mean).to(x.dtype).view(shape)
