@@ -26,7 +26,7 @@ def steps(cases, repeats=7):
     """Median seconds of processor time of MoCo v2's step for each (flags, batch size), all in turn."""
     work = {}
     for i, (flags, batch) in enumerate(cases):
-        cli = argparse.Namespace(device="cpu", batch_size=batch, recipe="demo", amp="off", channels_last=False)
+        cli = argparse.Namespace(device="cpu", batch_size=batch, recipe="demo", amp="off")
         work[i] = Stepper("mocov2_asym", flags, cli).step
     return [statistics.median(s) for s in measure(work, repeats).values()]
 

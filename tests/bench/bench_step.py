@@ -3,7 +3,7 @@
     python tests/bench/bench_step.py                                     six scripts, the demo recipe, one thread
     python tests/bench/bench_step.py --scripts mocov2_asym --designs     MoCo v2 with each design
     python tests/bench/bench_step.py --recipe small --batch-size 64
-    python tests/bench/bench_step.py --recipe imagenet --device cuda --amp bf16 --channels-last        on a GPU
+    python tests/bench/bench_step.py --recipe imagenet --device cuda --amp bf16                        on a GPU
 
 "networks": the same backbones, projectors and predictor with torch's own BatchNorm on views that are there already,
 source forward and backward, target forward. Everything else is overhead: crops and augmentation of images in memory
@@ -58,11 +58,9 @@ class Stepper:
         a.amp = cli.amp
         torch.manual_seed(0)
         self.model = self.script.Method(a).to(self.device)
-        if cli.channels_last:
-            self.model.to(memory_format=torch.channels_last)
         self.optimizer = self.script.Method.optimizer(a, self.model)
         self.images = data.Images(pictures(2 * a.batch_size, 32 if a.img_size <= 64 else a.img_size), stats=data.HALF)
-        self.plan, self.steps, self.layout = self.script.plan_views(a), itertools.count(), cli.channels_last
+        self.plan, self.steps = self.script.plan_views(a), itertools.count()
         steps = ((s, torch.arange(a.batch_size) + s % 2 * a.batch_size) for s in itertools.count())
         self.crops = data.crop(self.images, augment.crops_of(self.plan), steps, 0, EVERY, 0, self.device)
         self.taken_apart = True
@@ -87,8 +85,6 @@ class Stepper:
         self.lap("crops")
         generator = rng(0, "views", step)
         sides = augment.make_views(self.plan, crops, self.args.batch_size, generator, self.images.stats, EVERY)
-        if self.layout:
-            sides = [[[x.contiguous(memory_format=torch.channels_last) for x in bag] for bag in bags] for bags in sides]
         self.lap("views")
         return *sides, generator
 
@@ -202,13 +198,12 @@ def main():
     p.add_argument("--batch-size", type=int, help="default: the recipe's")
     p.add_argument("--device", default="cpu")
     p.add_argument("--amp", choices=("off", "bf16"), default="off")
-    p.add_argument("--channels-last", action="store_true", help="networks and views in channels-last layout")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--repeats", type=int, default=21)
     cli = p.parse_args()
     machine(cli.threads, cli.device)
-    if cli.channels_last or cli.amp != "off":
-        print(f"amp {cli.amp}{', channels-last' * cli.channels_last}; compare with a run without\n")
+    if cli.amp != "off":
+        print(f"amp {cli.amp}; compare with a run without\n")
     rows = [[f"{cli.recipe} recipe", "batch", "img/s", "ready img/s", "ms", *PARTS, "overhead", "(range)", "BN", "GB", "idle", "waits",
              "views ops", "step ops"]]
     for name in cli.scripts:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pool import SCRIPTS
 
-CLI = argparse.Namespace(device="cpu", batch_size=16, recipe="demo", amp="off", channels_last=False, repeats=1)
+CLI = argparse.Namespace(device="cpu", batch_size=16, recipe="demo", amp="off", repeats=1)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
