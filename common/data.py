@@ -148,6 +148,8 @@ def load(name, root="data", download=False):
 
     sets, knn = (images, None, None), "no kNN"
     if held:
+        if os.path.samefile(train, held):
+            raise DataError(f"--data {name}: {queries}/ is {source}/ itself, by a link")
         val = in_memory(scan(held))
         if odd := sorted(set(images.classes) ^ set(val.classes)):
             raise DataError(f"--data {name}: {source}/ and {queries}/ differ in class folders, as "

@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -105,6 +106,10 @@ def test_train_and_val(tmp_path, on_disk):
     write(tmp_path, "val/newt/1.png")
     with pytest.raises(DataError, match="train/ and val/ differ.*newt"):
         load(str(tmp_path))
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    with pytest.raises(DataError, match="val/ is train/ itself"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize("files, said", [
@@ -114,10 +119,8 @@ def test_train_and_val(tmp_path, on_disk):
     ("training test dev", "from training,.* 4 of dev; left out: test beside training"),
     ("train2017 val2017", "from train2017,.* 4 of val2017"),
     ("train/1.png bus/2.png car/3.png", "3 .*3 classes .bus, car, train"),
-    ("trainval eval", "from trainval,.* 4 of eval"),
-    ("Train_set test-set test-2", "from Train_set.* 4 of test-2; left out: test-set beside Train_set"),
+    ("trainval eval", "from trainval,.* 4 of eval"), ("Train_set test-2", "Train_set, .*of test-2"),
     ("seg_train seg_pred", "of a, b, folders in"), ("val a b", "of a, b, val, what"),
-    ("my_train.2/1.png my_train/1.png bus/1.png", "3 classes .bus, my_train, my_train.2"),
     ("seg_train seg_test seg_pred/1.png", "seg_pred, seg_test, seg_train, what"),
     ("notes/n.txt z/train z/val", "z/ in it has splits"), ("val 1.png", "of val, what"),
     ("train holdout", "2 classes .*left out: the level of a, b, folders in several of holdout, tr"),
@@ -164,7 +167,6 @@ def test_links_are_followed_and_folders_that_come_twice_or_cannot_be_listed_name
     (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "set/b")
     with pytest.raises(DataError, match="a link makes .*set/b/aside/circle come twice"):
         data.scan(tmp_path / "set")
-    (tmp_path / "elsewhere/circle").unlink()
 
     def denied(path, scandir=os.scandir):  # as another user's
         if os.path.basename(path) == "a":
@@ -243,11 +245,11 @@ def tiff(array):
     (1, np.float32, "tif"), (4095, np.int32, "tif"), (4095, np.uint16, "tif"),
     (65535, np.uint16, "png"), (65535, np.uint16, "pgm"), (4095, np.uint16, "colour.tif")])
 def test_pixels_of_which_no_file_states_the_range(tmp_path, white, kind, suffix):
-    ramp, file = (np.arange(256).reshape(16, 16) * white / 255).astype(kind), tmp_path / f"0.{suffix}"
+    x, file = (np.arange(256).reshape(16, 16) * white / 255).astype(kind), tmp_path / f"0.{suffix}"
     if "colour" in suffix:
-        file.write_bytes(tiff(np.dstack([ramp] * 3)))
+        file.write_bytes(tiff(np.dstack([x] * 3)))
     else:
-        Image.fromarray(ramp).save(file)
+        Image.fromarray(x).save(file)
     with pytest.raises(DataError, match=f"no readable.*0.{suffix} .ValueError: more than 8 bits"):
         load(str(tmp_path))
 
@@ -260,11 +262,10 @@ def test_what_is_dropped_of_files_is_counted(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "all bands but three, in 1 of 3 looked at" in said
     assert "what is transparent: now white, in 1 of 3 looked at" in said
-    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "2.tif")
-    assert "values above" not in str(load(str(tmp_path))[0].left)
-    for name in ("0.png", "1.png"):
-        (tmp_path / name).unlink()
-    assert "values above 1 of 255, in 1 of 1 looked at" in load(str(tmp_path))[0].left
+    assert "values" not in said
+    for i, name in enumerate(("0.png", "1.png", "2.tif")):
+        Image.fromarray(np.eye(8, dtype=np.uint8) + i).save(tmp_path / name)
+    assert "values above 3 of 255, in 3 of 3 looked at" in load(str(tmp_path))[0].left
 
 
 def test_broken_files_are_replaced_by_the_next_named_and_counted(tmp_path, monkeypatch, capfd):
