@@ -197,8 +197,8 @@ def splits(folder):
         return path[train[0]], path[held[0]] if held else ""
 
     if held or len(train) > 1 and not classes:
-        raise DataError(f"--data {folder}: of {show(folders)}, what is to be trained on? Name one "
-                        "folder, or leave one train/, and beside it only val/ or test/")
+        raise DataError(f"--data {folder}: which of {show(train + held + classes)} to train on? "
+                        "Name one, leave one train/ with only val/ or test/, or rename classes")
     inner = path[folders[0]] if folders else ""
     if inner and splits(inner)[0] != inner:
         raise DataError(f"--data {folder}: {folders[0]}/ in it has splits of its own; use {inner}, "
@@ -490,9 +490,9 @@ def centres(images, rows, size, workers, device, share=None, bicubic=False, batc
 def loader(dataset, batches, workers, device):
     """Yields, for each list of keys in batches, the dataset's crops of them, as floats in [0, 1] on
     the device, and the rows that they really are; names those that cannot be read."""
-    more = {"num_workers": workers, "worker_init_fn": begin_worker}
-    more |= {"pin_memory": torch.device(device).type == "cuda"}
-    more |= {"generator": torch.Generator()}  # else it would draw from the global one
+    more = {"num_workers": workers, "worker_init_fn": begin_worker,
+            "pin_memory": torch.device(device).type == "cuda",
+            "generator": torch.Generator()}  # else it would draw from the global one
     if workers and sys.platform == "linux":
         more["multiprocessing_context"] = "fork"  # 3.14's default would import torch in each
 
@@ -501,7 +501,6 @@ def loader(dataset, batches, workers, device):
         for crops, rows in torch.utils.data.DataLoader(dataset, batch_sampler=batches, **more):
             images.report([images.paths[row] for row, really in rows.tolist() if row != really])
             yield [x.to(device, non_blocking=True).to(kind) / 255 for x in crops], rows[:, 1]
-        return
     except (DataError, RuntimeError) as e:  # a worker's
         why = str(e)
         if "shared memory" in why:
@@ -509,7 +508,7 @@ def loader(dataset, batches, workers, device):
         elif not isinstance(e, DataError):
             raise
         e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
-    raise LoaderError(why)
+        raise LoaderError(why) from None
 
 
 def begin_worker(worker):
