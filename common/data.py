@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -341,7 +342,8 @@ def in_memory(images):
 
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
-    pixels, rows = zip(*map(images.decode, range(len(images))), strict=True)
+    with ThreadPoolExecutor(8) as pool:
+        pixels, rows = zip(*pool.map(images.decode, range(len(images))), strict=True)
     if len({x.shape for x in pixels}) > 1:
         return images
     bad = tuple(os.fsdecode(images.paths[i]) for i, row in enumerate(rows) if i != row)
