@@ -30,7 +30,7 @@ CIFAR = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 HALF = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for methods that do not normalise
 NAMES = {"demo": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "fashion-mnist": 28}  # pixels
-TRAIN = "train", "training", "trainval"  # names of splits, in any case, with or without a number
+TRAIN = "train", "training", "trainval"  # words in the names of splits, in any case
 HELD = "val", "valid", "validation", "dev", "eval", "test", "testing"  # the first is preferred
 SUFFIXES = tuple(".jpg .jpeg .jfif .png .bmp .ppm .pgm .tif .tiff .webp .gif".split())
 FORMATS = "JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"  # PIL's EPS, say, starts programs
@@ -69,43 +69,42 @@ class Images:
         rows = np.asarray(rows)  # a tensor of one number would make of paths a single one
         return replace(self, **{k: v[rows] for k, v in columns.items() if v is not None})
 
-    def decode(self, row, shrink=None):
+    def decode(self, row, shrink=None, lost=None):
         """Image number row as uint8 (3, h, w), and the row it really is: one that cannot be read is
-        replaced by the next, so that processes and resumed runs agree. shrink: see read_image()."""
+        replaced by the next, so that processes and resumed runs agree. More: see read_image()."""
         if self.pixels is not None:
             return self.pixels[row], row
         for i in range(100):
             there = (row + i) % len(self)
-            with contextlib.suppress(Exception):  # PIL raises nearly anything; fault() says what
-                return read_image(os.fsdecode(self.paths[there]), shrink), there
-        raise DataError(f"no readable image among 100, the last {fault(self.paths[there])}")
+            path = os.fsdecode(self.paths[there])
+            try:
+                return read_image(path, shrink, lost), there
+            except Exception as e:  # PIL raises nearly anything
+                why = f"{type(e).__name__}: {e}"
+        raise DataError(f"no readable image among 100, the last {path} ({why})")
 
     @classmethod
     def report(cls, paths):
         """Names, with the reason, and counts unreadable images."""
         cls.unreadable += len(paths)
-        for path in paths:
-            print(f"unreadable image, replaced by the next: {fault(path)}", file=sys.stderr)
+        for path in map(os.fsdecode, paths):
+            why = "now it can be read"
+            try:
+                read_image(path)
+            except Exception as e:
+                why = f"{type(e).__name__}: {e}"
+            print(f"unreadable image, replaced by the next: {path} ({why})", file=sys.stderr)
 
 
-def fault(path):
-    """The name of a file, and why it cannot be read as an image, in one line."""
-    path, why = os.fsdecode(path), "now it can be"
-    try:
-        read_image(path)
-    except Exception as e:
-        why = " ".join(f"{type(e).__name__}: {e}".split())
-    return f"{show([path])} ({why})"
-
-
-def read_image(path, shrink=None):
+def read_image(path, shrink=None, lost=None):
     """An image file as uint8 (3, h, w): turned as its EXIF says, grey repeated, CMYK converted, put
-    on white where it is transparent, 16 bits scaled to 8. ValueError for floats and 32 bits, whose
-    range a file does not state. shrink(height, width): so many times smaller it may come, as JPEG
-    files are decoded faster by 2, 4 or 8."""
+    on white where it is transparent. ValueError for more than 8 bits, as a file does not say which
+    value is white. shrink(height, width): so many times smaller it may come, as JPEG files are
+    decoded faster by 2, 4 or 8. lost: a Counter of what is dropped."""
     with Image.open(path, formats=FORMATS) as image:
-        if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
-            raise ValueError(f"{image.mode} pixels have no known range; save them with 8 bits")
+        coding = f"{image.mode} {image.tile[:1]}"
+        if re.search("^[FI]|;16", coding):  # PIL would clip grey, and take the upper bits of colour
+            raise ValueError("more than 8 bits, of unknown range; save it with 8 bits")
         if image.format not in ("JPEG", "MPO"):
             image.load()  # before EXIF is read: in PNG it may come last, and TIFF turns itself
         sideways = False
@@ -118,11 +117,10 @@ def read_image(path, shrink=None):
         with contextlib.suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
 
-        if image.mode[0] == "I":  # PIL would clip 16 bits at 255
-            grey, clear = np.asarray(image), image.info.get("transparency")
-            image = Image.fromarray((grey / 257).round().astype(np.uint8))
-            if clear is not None:
-                image.putalpha(Image.fromarray(np.uint8(255) * (grey != clear)))
+        if lost is not None:
+            lost["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
+            lost["all frames but the first"] += getattr(image, "is_animated", False)
+            lost["what is transparent: now white"] += image.has_transparency_data
         if image.has_transparency_data:
             paper = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(paper, image.convert("RGBA"))
@@ -137,43 +135,36 @@ def load(name, root="data", download=False):
     train. root: where torchvision's sets are, or go. Says what was found. Raises DataError."""
     with contextlib.suppress(AttributeError):  # a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
-    first = not download and os.environ.get("RANK", "0") == "0"
     if name in NAMES:
-        if first and os.path.isdir(name):
-            print(f"data: {name} is the built-in set; --data ./{name} is the folder", flush=True)
         return load_named(name, root, download)
 
-    if name.endswith(".npz"):
-        train, held, images = name, "", load_npz(name)
-    else:
-        train, held = splits(name)
-        images = in_memory(scan(train))
+    train, held = splits(name)  # of a file: itself
+    images = load_npz(train) if train.endswith(".npz") else in_memory(scan(train))
     held = held if images.classes else ""
-    source, held_out = (show([os.path.basename(os.path.abspath(path))]) for path in (train, held))
-    beside = [x for x in sum(listing(name), []) if os.path.join(name, x) not in (train, held)]
-    left = [*images.left, *(f"{x} beside {source}" for x in beside if train != name)]
+    source, queries = (os.path.basename(os.path.abspath(path)) for path in (train, held))
+    left = list(images.left)
+    if train != name:
+        beside = [x for x in sum(listing(name), []) if os.path.join(name, x) not in (train, held)]
+        left += [f"{x} beside {source}" for x in beside]
 
     sets, knn = (images, None, None), "no kNN"
     if held:
-        if os.path.realpath(train) == os.path.realpath(held):
-            raise DataError(f"--data {name}: {held_out}/ is {source}/ itself, by a link")
+        if os.path.samefile(train, held):
+            raise DataError(f"--data {name}: {queries}/ is {source}/ itself, by a link")
         val = in_memory(scan(held))
         if odd := sorted(set(images.classes) ^ set(val.classes)):
-            raise DataError(f"--data {name}: the class folders in {source}/ ({len(images.classes)})"
-                            f" and {held_out}/ ({len(val.classes)}) differ, as in {show(odd, 1)}; "
-                            f"make them equal, or move {held_out}/ away")
-        sets, knn = (images, images, val), f"kNN queries: the {len(val)} of {held_out}"
-        left += [f"in {held_out}: {what}" for what in val.left]
+            raise DataError(f"--data {name}: {source}/ and {queries}/ differ in class folders, as "
+                            f"in {show(odd)}; make them equal, or move {queries}/ away")
+        sets, knn = (images, images, val), f"kNN queries: the {len(val)} of {queries}"
+        left += [f"in {queries}: {what}" for what in val.left]
         images.bad += val.bad
     elif images.classes and len(images) >= 10:
         tenth = torch.randperm(len(images), generator=rng("queries")) % 10 == 9
         sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: a tenth of these"
 
-    if first:
+    if not download and os.environ.get("RANK", "0") == "0":
         n = len(images.classes)
         what = f"{n} classes ({show(images.classes)})" if n else "no labels"
-        if images.pixels is not None:
-            what += ", {2} x {1} pixels".format(*images.pixels.shape[1:])
         print(f"data: {len(images)} images from {source}, {what}; {knn}; left out: "
               f"{show(left, 9) or 'nothing'}", flush=True)
     return sets
@@ -192,24 +183,23 @@ def listing(folder):
 
 
 def splits(folder):
-    """The folder to train on, and the one for kNN queries, or "". train/ is a split if all folders
-    with images beside it are splits too. DataError if that leaves it open."""
+    """The folder to train on, and the one for kNN queries, or "". One whose name has a word of
+    TRAIN is a split if all with images beside it are, too. DataError if that leaves it open."""
     path = {f: os.path.join(folder, f) for f in listing(folder)[0]}
-    folders = [f for f in path if any(walk(path[f]))]
-    stem = {f: f.lower().rstrip("0123456789-_") for f in folders}
-    train = [f for f in folders if stem[f] in TRAIN]
-    held = sorted([f for f in folders if stem[f] in HELD], key=lambda f: HELD.index(stem[f]))
-    other = [f for f in folders if f not in train + held]
-    if len(train) == 1 and not other:
+    folders = [f for f in path if any(walk(path[f], Counter()))]
+    kind = {}
+    for f in folders:
+        words = re.split("[^a-z]+", f.lower())
+        kind[f] = next((word for word in words if word in TRAIN + HELD), "")
+    train = [f for f in folders if kind[f] in TRAIN]
+    held = sorted([f for f in folders if kind[f] in HELD], key=lambda f: HELD.index(kind[f]))
+    classes = [f for f in folders if not kind[f]]
+    if len(train) == 1 and not classes:
         return path[train[0]], path[held[0]] if held else ""
 
-    # They are classes, unless names tell of splits, or the same classes lie in a split and beside.
-    words = {w for f in path for w in re.split("[^a-z]+", f.lower())} & {*TRAIN, *HELD}
-    inside = lambda f: {*listing(path[f])[0]}
-    alike = any(inside(f) & {g, *inside(g)} for f in train + held for g in other)
-    if len(words) > 1 or len(train) > 1 or held and not other or alike:
-        raise DataError(f"--data {folder}: of {show(folders)}, what is to be trained on? Name one "
-                        "folder, or leave one train/, and beside it only val/ or test/")
+    if held or len(train) > 1 and not classes:
+        raise DataError(f"--data {folder}: which of {show(train + held + classes)} to train on? "
+                        "Name one, leave one train/ with only val/ or test/, or rename classes")
     inner = path[folders[0]] if folders else ""
     if inner and splits(inner)[0] != inner:
         raise DataError(f"--data {folder}: {folders[0]}/ in it has splits of its own; use {inner}, "
@@ -231,13 +221,12 @@ def load_named(name, root, download):
         return train, train, draw_demo(1024, 1)
     kind, stats = {"cifar10": ("CIFAR10", CIFAR), "cifar100": ("CIFAR100", CIFAR),
                    "stl10": ("STL10", IMAGENET), "fashion-mnist": ("FashionMNIST", HALF)}[name]
-    parts = []
-    for train in (True, False):
-        split = {"train": train}
-        if name == "stl10":
-            split = {"split": "train+unlabeled" if train else "test"}
+    parts, halves = [], ({"train": True}, {"train": False})
+    if name == "stl10":
+        halves = {"split": "train+unlabeled"}, {"split": "test"}
+    for half in halves:
         try:
-            found = getattr(torchvision.datasets, kind)(root, download=download, **split)
+            found = getattr(torchvision.datasets, kind)(root, download=download, **half)
         except (RuntimeError, OSError) as e:
             raise DataError(f"--data {name}: not in {root}/; add --download, or say where with "
                             f"--data-root ({str(e).splitlines()[0]})") from e
@@ -259,15 +248,14 @@ def channels_first(pixels):
 def load_npz(name):
     """The images of a file of arrays: images, uint8 (n, h, w, 3) or (n, h, w), and perhaps labels,
     integers (n,), of which each value is a class."""
-    arrays = {}
     try:
-        with open(name, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays |= file
+        with open(name, "rb") as file:
+            arrays = dict(np.load(file))
         found = ", ".join(f"{k} {x.dtype} {x.shape}" for k, x in arrays.items()) or "nothing"
     except Exception as e:  # NumPy raises nearly anything on files that are something else
         arrays, found = {}, f"{type(e).__name__}: {e}"
 
-    x, y = arrays.get("images", np.empty(0)), arrays.get("labels")
+    x, y = arrays.pop("images", np.empty(0)), arrays.pop("labels", None)
     grey = x.ndim == 3 and x.shape[2] > 4  # else one image in colour
     good = x.dtype == np.uint8 and (grey or x.shape[3:] == (3,)) and x.size and x.max() > 1
     if y is not None:
@@ -275,13 +263,15 @@ def load_npz(name):
     if not good:
         raise DataError(f"--data {name}: found {found}; wanted images, uint8 (n, h, w, 3) or "
                         "(n, h, w) up to 255, and if there are labels, integers (n,) from 0")
-    digest, images = hashlib.sha256(np.ravel(x)), Images(channels_first(x))
+
+    digest = hashlib.sha256(np.ravel(x))
+    images = Images(channels_first(x), left=[f"array {other}" for other in arrays])
     if y is not None:
         digest.update(np.ravel(y))
         classes, labels = np.unique(y, return_inverse=True)
         images.labels, images.classes = torch.from_numpy(labels), tuple(map(str, classes))
-    left = [f"array {name}" for name in arrays if name not in ("images", "labels")]
-    return replace(images, names=digest.hexdigest()[:16], left=left)
+    images.names = digest.hexdigest()[:16]
+    return images
 
 
 def scan(folder, most=None):
@@ -293,9 +283,10 @@ def scan(folder, most=None):
     if not paths:
         raise DataError(f"--data {folder}: no file there or below ends in {' '.join(SUFFIXES)}; "
                         f"found {show(left) or 'nothing'}")
+
     below = [path[len(str(folder)) :].lstrip("/") for path in paths]
     names = hashlib.sha256(os.fsencode("\n".join(below))).hexdigest()[:16]
-    tops = [os.path.dirname(path).split("/")[0] for path in below]
+    tops = [os.path.dirname(path).split("/")[0] for path in below]  # "" for none
     classes, labels = np.unique(tops, return_inverse=True)
     classes = tuple(map(str, classes))
     left += [f"{f}, a folder without images" for f in listing(folder)[0] if f not in classes]
@@ -303,28 +294,27 @@ def scan(folder, most=None):
     again = sorted(f for f, n in Counter(f for _, f in inner).items() if n > 1)
     if len(again) > 1:  # splits or domains of other names, perhaps
         left.append(f"the level of {show(again)}, folders in several of {show(classes)}")
+
     images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
+    if len(classes) > 1 and "" not in tops:
+        images.labels, images.classes = torch.from_numpy(labels), classes
+    elif "" in tops:
+        left.insert(0, f"labels, as {below[tops.index('')]} is in no class folder")
+    else:
+        left.insert(0, f"labels, as all images are in {tops[0]}")
+    return images
 
-    if "" not in classes and len(classes) > 1:
-        return replace(images, labels=torch.from_numpy(labels), classes=classes)
-    why = f"all images are in {classes[0]}" if classes[0] else "there are no folders"
-    if len(classes) > 1:
-        why = f"{below[tops.index('')]} lies beside {show(classes[1:])}"
-    return replace(images, left=[f"labels, as {why}", *left])
 
-
-def walk(folder, left=None):
+def walk(folder, left):
     """Yields the paths of image files in a folder and below, in sorted order. left, a Counter,
     counts what else there is."""
     def unlisted(e):
         raise DataError(f"--data {folder}: {e}; name a folder, a file .npz, or {' '.join(NAMES)}")
 
-    seen, left = set(), Counter() if left is None else left
+    seen = set()
     for here, folders, files in os.walk(folder, onerror=unlisted, followlinks=True):
-        if (real := os.path.realpath(here)) in seen:  # links in a circle
-            left["folder linked again"] += 1
-            folders.clear()
-            continue
+        if (real := os.path.realpath(here)) in seen:  # a circle, perhaps
+            raise DataError(f"--data {folder}: a link makes {here} come twice; remove it")
         seen.add(real)
         left["hidden folder"] += sum(f.startswith(".") for f in folders)  # .ipynb_checkpoints
         folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -337,46 +327,24 @@ def walk(folder, left=None):
 
 
 def in_memory(images):
-    """Decodes a small folder of equally sized images once; returns any other as it is. In fifty
-    images, evenly spaced, it looks for what is lost; DataError where most cannot be read, most of
-    those of 16 bits leave the upper half of the range, as with 12 bits, or all are of one value."""
+    """Decodes a small folder of equally sized images once; returns any other as it is. First it
+    looks at fifty images, evenly spaced, for what is dropped of the files."""
     sample = range(0, len(images), max(1, len(images) // 50))
-    shapes, values, dark, broken, left = set(), set(), [], None, Counter()
+    lost, shapes, high = Counter(), set(), 0
     for row in sample:
-        pixels, there = images.decode(row)
+        pixels, there = images.decode(row, lost=lost)
+        lost["what cannot be read: the next instead"] += there != row
         shapes.add(pixels.shape)
-        values |= {pixels.min().item(), pixels.max().item()}
-        with Image.open(os.fsdecode(images.paths[there]), formats=FORMATS) as image:
-            coding = f"{image.mode} {image.tile[:1]}"
-            left["what cannot be read: the next instead"] += there != row
-            broken = images.paths[row] if there != row else broken
-            left["all bands but three"] += bool(re.search("[BLK]X", coding))  # RGBXX, say
-            left["all frames but the first"] += getattr(image, "is_animated", False)
-            left["what is transparent: now white"] += image.has_transparency_data
-        if re.search("^I|;16[BLN]", coding):  # grey; colours, of which PIL has the upper 8 bits
-            dark.append((pixels > 127).float().mean().item() < 1e-3)  # a dead pixel is white
-
-    low, high, first = min(values), max(values), repr(os.fsdecode(images.paths[0]))
-    if sum(dark) * 2 > len(dark):
-        raise DataError(f"{first} and others have 16 bits, of which the upper ones are not used: "
-                        "white is not known; save them with 8 bits")
-    if high - low < 2:
-        raise DataError(f"{first} and others are of one shade: values from {low} to {high}; wanted "
-                        "0 to 255, and no transparency where there is image")
-    unread = left["what cannot be read: the next instead"]
-    if unread * 2 > len(sample):
-        raise DataError(f"{unread} of {len(sample)} images looked at cannot be read, as "
-                        f"{fault(broken)}")
-    left["dark 16 bits, or fewer"] = sum(dark)
-    left[f"values above {high}"] = (high < 128) * len(sample)
-    left = [f"{what}, in {n} of {len(sample)} looked at" for what, n in left.items() if n]
+        high = max(high, pixels.max().item())
+    lost[f"values above {high} of 255"] = (high < 128) * len(sample)
+    left = [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
     images = replace(images, left=[*left, *images.left])
 
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
     with ThreadPoolExecutor(8) as pool:
         pixels, rows = zip(*pool.map(images.decode, range(len(images))), strict=True)
-    if len({p.shape for p in pixels}) > 1:
+    if len({x.shape for x in pixels}) > 1:
         return images
     bad = tuple(os.fsdecode(images.paths[i]) for i, row in enumerate(rows) if i != row)
     return replace(images[rows], pixels=torch.stack(pixels), bad=bad)
@@ -428,7 +396,7 @@ def draw_demo(n, seed, size=32):
 
 class Crops(torch.utils.data.Dataset):
     """The workers' side: (step, row) -> an image's crops, uint8 (3, s, s) for each View of views,
-    and the row if it is unreadable, else -1."""
+    and the row asked for and the one it really is, see Images.decode()."""
 
     def __init__(self, images, views, seed):
         self.images, self.views, self.seed = images, views, seed
@@ -449,17 +417,15 @@ class Crops(torch.utils.data.Dataset):
             top, bottom, left, right = (round(x / times) for x in (top, top + h, left, left + w))
             box = image[:, top:bottom, left:right]
             crops.append(resize(box, view.size, view.recipe.bicubic))
-        # a tensor too: a number would be put into shared memory by a thread that hides errors
-        return crops, torch.tensor(row if really != row else -1)
+        # a tensor too: numbers would be put into shared memory by a thread that hides errors
+        return crops, torch.tensor([row, really])
 
 
 class Centres(torch.utils.data.Dataset):
-    """Row -> the central square of a share of the shorter side, uint8 (3, size, size), and the row
-    it really is. share: by default all up to size 64, 7/8 above (resize to 256, crop 224)."""
+    """As Crops, row -> the central square of a share of the shorter side, uint8 (3, size, size)."""
 
-    def __init__(self, images, size, share=None, bicubic=False):
-        self.images, self.size, self.bicubic = images, size, bicubic
-        self.share = share or (1 if size <= 64 else 224 / 256)
+    def __init__(self, images, size, share, bicubic):
+        self.images, self.size, self.share, self.bicubic = images, size, share, bicubic
 
     def __getitem__(self, row):
         image, really = self.images.decode(row)
@@ -467,7 +433,7 @@ class Centres(torch.utils.data.Dataset):
         side = round(min(h, w) * self.share)
         top, left = (h - side) // 2, (w - side) // 2
         square = image[:, top : top + side, left : left + side]
-        return resize(square, self.size, self.bicubic), torch.tensor(really)
+        return [resize(square, self.size, self.bicubic)], torch.tensor([row, really])
 
 
 def resize(image, size, bicubic=False):
@@ -508,40 +474,43 @@ def crop(images, views, steps, seed, part, workers, device):
             yield crops
         return
     batches = ([(step, row) for row in rows[part].tolist()] for step, rows in steps)
-    for crops, bad in loader(Crops(images, views, seed), workers, device, batch_sampler=batches):
-        images.report([images.paths[row] for row in bad.tolist() if row >= 0])
-        yield [x.to(device, non_blocking=True).to(torch.get_default_dtype()) / 255 for x in crops]
+    for crops, _ in loader(Crops(images, views, seed), batches, workers, device):
+        yield crops
 
 
 def centres(images, rows, size, workers, device, share=None, bicubic=False, batch=256):
     """Yields images for evaluation, in the order of rows (n,), as floats (n, 3, size, size) in
-    [0, 1] on the device, and the rows that they really are: see Images.decode(), Centres."""
-    dataset = Centres(images, size, share, bicubic)
+    [0, 1] on the device, and the rows that they really are. They are the central square of a share
+    of the shorter side, by default all up to size 64, 7/8 above (resize to 256, crop 224)."""
+    share = share or (1 if size <= 64 else 224 / 256)
     workers = workers if images.pixels is None else 0
-    loaded = loader(dataset, workers, device, sampler=rows.tolist(), batch_size=batch)
-    for asked, (x, really) in zip(rows.split(batch), loaded, strict=True):
-        images.report([images.paths[row] for row in asked[asked != really].tolist()])
-        yield x.to(device, non_blocking=True).to(torch.get_default_dtype()) / 255, really
+    batches = (part.tolist() for part in rows.split(batch))
+    for (x,), really in loader(Centres(images, size, share, bicubic), batches, workers, device):
+        yield x, really
 
 
-def loader(dataset, workers, device, **batches):
-    """torch's DataLoader, whose workers leave signals to the training process."""
-    batches |= {"num_workers": workers, "worker_init_fn": begin_worker}
-    batches |= {"pin_memory": torch.device(device).type == "cuda"}
-    batches |= {"generator": torch.Generator()}  # else it would draw from the global one
+def loader(dataset, batches, workers, device):
+    """Yields, for each list of keys in batches, the dataset's crops of them, as floats in [0, 1] on
+    the device, and the rows that they really are; names those that cannot be read."""
+    more = {"num_workers": workers, "worker_init_fn": begin_worker,
+            "pin_memory": torch.device(device).type == "cuda",
+            "generator": torch.Generator()}  # else it would draw from the global one
     if workers and sys.platform == "linux":
-        batches["multiprocessing_context"] = "fork"  # 3.14's default would import torch in each
+        more["multiprocessing_context"] = "fork"  # 3.14's default would import torch in each
+
+    images, kind = dataset.images, torch.get_default_dtype()
     try:
-        return (yield from torch.utils.data.DataLoader(dataset, **batches))
+        for crops, rows in torch.utils.data.DataLoader(dataset, batch_sampler=batches, **more):
+            images.report([images.paths[row] for row, really in rows.tolist() if row != really])
+            yield [x.to(device, non_blocking=True).to(kind) / 255 for x in crops], rows[:, 1]
     except (DataError, RuntimeError) as e:  # a worker's
         why = str(e)
         if "shared memory" in why:
-            why = ("/dev/shm is too small for the batches of loader workers; add --workers 0, "
-                   "or make it larger (docker run --shm-size 16g)")
+            why = "/dev/shm is too small for workers; add --workers 0, or docker run --shm-size 16g"
         elif not isinstance(e, DataError):
             raise
         e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
-    raise LoaderError(why)
+        raise LoaderError(why) from None
 
 
 def begin_worker(worker):
@@ -554,13 +523,11 @@ def begin_worker(worker):
 
 def show_views(path, images, plan, seed):
     """Draws the first eight images: in a row each, the source's views, white, the target's."""
-    steps, columns = [(0, torch.arange(min(8, len(images))))], []
-    ((sides, _),) = stream(images, plan, steps, seed, 0, 1, 0, "cpu")
-    mean, std = (torch.tensor(s).view(3, 1, 1) for s in images.stats)
-    edge = plan[0][0][0].size
+    steps, plain = [(0, torch.arange(min(8, len(images))))], replace(images, stats=RAW)
+    ((sides, _),) = stream(plain, plan, steps, seed, 0, 1, 0, "cpu")
+    columns, edge = [], plan[0][0][0].size
     for bags in sides:
         for x in sum(bags, []):
-            x = (x * std + mean).clamp(0, 1)
             columns.append(F.pad(x, (0, edge - x.shape[3]) * 2, value=1.0))
         columns.append(torch.ones_like(columns[0]))
     tiles = torch.stack(columns[:-1], 1).flatten(0, 1)

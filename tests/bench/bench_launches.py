@@ -134,8 +134,9 @@ def count(name, flags, world, batch=32):
 
         stack.enter_context(processes(world))
         replace(torch, autocast=lambda *args, enabled: Autocast() if enabled else nullcontext())
-        replace(data, loader=lambda *args, **kwargs: itertools.repeat((crops, torch.tensor([-1]))),
-                make_views=step.within("views", data.make_views))
+        loaded = crops, torch.zeros(batch, 2, dtype=torch.long)  # of each image, the rows asked for and read
+        replace(torch.utils.data, DataLoader=lambda *args, **kwargs: itertools.repeat(loaded))
+        replace(data, make_views=step.within("views", data.make_views))
         replace(script.BatchNorm, forward=step.within("BN", script.BatchNorm.forward))
         replace(script.SyncNorm, backward=staticmethod(step.within("BN", script.SyncNorm.backward)))
 
