@@ -58,11 +58,10 @@ def build(script, args):
     return script.Method(args)
 
 
-def views_of(script, args, step=0):
+def views_of(script, args):
     """A step's views, as the training loop makes them, and the generator for the forward pass."""
-    images, n = small_images(), args.batch_size
-    batches = [(step, torch.arange(step * n, (step + 1) * n) % len(images))]
-    (src, tgt), generator = next(script.views(args, images, batches, torch.device("cpu")))
+    batches = [(0, torch.arange(args.batch_size))]
+    (src, tgt), generator = next(script.views(args, small_images(), batches, torch.device("cpu")))
     return src, tgt, generator
 
 

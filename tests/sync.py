@@ -1,10 +1,11 @@
 """Keeps the shared blocks of the six training scripts byte-identical. Needs no torch.
 
-    python tests/sync.py --check              compares all scripts; says what differs, and exits with 1
-    python tests/sync.py mocov2_asym.py       copies that file's shared blocks into its siblings
+    python tests/sync.py --check            compares all scripts; says what differs, and exits with 1
+    python tests/sync.py mocov2_asym.py     copies that file's shared blocks into its siblings
 
-A block begins at a banner, "# ==== ... ==== shared: NAME" or "... method: NAME", and ends at the next. A shared block may be
-absent from a script, never different; blocks that two scripts have in common stand in the same order.
+A block begins at a banner, "# ==== ... ==== shared: NAME" or "... method: NAME", and ends at the
+next. A shared block may be absent from a script, never different; blocks that two scripts have in
+common stand in the same order.
 """
 
 import difflib
@@ -21,12 +22,12 @@ def scripts(root=ROOT):
 
 
 def blocks(text):
-    """An ordered dict from banner, such as "shared: views", to the block's text, banner line included."""
+    """From banner, such as "shared: views", to the block's text with its banner, in order."""
     starts = list(BANNER.finditer(text))
     ends = [m.start() for m in starts[1:]] + [len(text)]
-    names = [m[1] for m in starts]
-    assert len(names) == len(set(names)), f"two blocks of one name: {names}"
-    return {m[1]: text[m.start() : end] for m, end in zip(starts, ends, strict=True)}
+    found = {m[1]: text[m.start() : end] for m, end in zip(starts, ends, strict=True)}
+    assert len(found) == len(starts), "two blocks have one name"
+    return found
 
 
 def differences(texts):
@@ -37,8 +38,9 @@ def differences(texts):
         for block, text in mine.items():
             owner, original = first.setdefault(block, (name, text))
             if block.startswith("shared: ") and text != original:
-                diff = difflib.unified_diff(original.splitlines(), text.splitlines(), owner, name, lineterm="", n=1)
-                wrong.append(f"{block} differs; 'python tests/sync.py {owner}' would copy it:\n" + "\n".join(diff))
+                lines = original.splitlines(), text.splitlines()
+                diff = "\n".join(difflib.unified_diff(*lines, owner, name, lineterm="", n=1))
+                wrong.append(f"{block} differs; tests/sync.py {owner} would copy it:\n{diff}")
         for other, theirs in parsed.items():
             common = [b for b in mine if b in theirs]
             if common != [b for b in theirs if b in mine]:
@@ -47,11 +49,10 @@ def differences(texts):
 
 
 def copy(source, root=ROOT):
-    """Copies the shared blocks of source into the siblings that have them; returns the names of the files changed."""
+    """Copies the shared blocks of source into the siblings that have them; the names of these."""
     mine, changed = blocks((root / source).read_text()), []
     for path in scripts(root):
-        text = path.read_text()
-        new = text
+        new = text = path.read_text()
         for block, old in blocks(text).items():
             if block.startswith("shared: ") and block in mine:
                 new = new.replace(old, mine[block])
@@ -62,15 +63,12 @@ def copy(source, root=ROOT):
 
 
 def main(argv):
-    if argv == ["--check"]:
-        wrong = differences({path.name: path.read_text() for path in scripts()})
-        print("\n\n".join(wrong) or f"the shared blocks of {len(scripts())} script(s) agree")
-        return 1 if wrong else 0
-    if len(argv) != 1 or not (ROOT / argv[0]).name.endswith("_asym.py") or not (ROOT / argv[0]).exists():
-        print(f"{' '.join(argv) or 'nothing'}: give --check, or one of {', '.join(p.name for p in scripts())}", file=sys.stderr)
-        return 2
-    print("changed:", ", ".join(copy(argv[0])) or "nothing")
-    return 0
+    if argv != ["--check"]:
+        print("changed:", ", ".join(copy(*argv)) or "nothing")
+        return 0
+    wrong = differences({path.name: path.read_text() for path in scripts()})
+    print("\n\n".join(wrong) or f"the shared blocks of {len(scripts())} script(s) agree")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -18,13 +18,17 @@ TINY = SMALL.replace("--recipe small ", "") + " --device cpu --data {tree} --out
 WRONG = [  # flags, what the one line says of them, and the scripts if not all six
     ("--mean-ecn 2", "unrecognized arguments: --mean-ecn"),
     ("--epochs 0", "0 is not in [1,"),
+    ("--epochs 1e3", "invalid int value: '1e3'"),
+    ("--seed 2147483648", "is not in [0, 2147483647]"),
     ("--lr nan", "nan is not in [0,"),
     ("--small-scale 0.1 1.5", "1.5 is not in [0, 1]"),
     ("--small-scale 0.5 0.1", "give FROM and TO"),
+    ("--large-scale 0 1", "give FROM and TO"),
     ("--amp fp16", "invalid choice: 'fp16' (choose from"),
     ("--arch resnet51", "resnet50"),
     ("--warmup-epochs 2 --epochs 2", "must be less than --epochs"),
     ("--batch-size 20 --bn-groups 8", "use 16 or 24"),
+    ("--batch-size 8 --bn-groups 8", "two images to a group; use 16"),
     ("--nproc 3 --bn-groups 8", "use 3, or 1 (SyncBN)"),
     ("--nproc 3 --bn-groups 1", "use 15 or 18"),
     ("--asym-bn --bn-groups 1", "add --bn-groups 8"),
@@ -47,6 +51,7 @@ WRONG = [  # flags, what the one line says of them, and the scripts if not all s
     ("--init nowhere.pth", "cannot be read"),
     ("--init {other.pth}", "conv1.weight"),
     ("--out {another}", "seed 1 there, 0 here"),
+    ("--out {other.npz}", "is no folder"),
 ]
 
 
@@ -123,9 +128,9 @@ def test_help_dry_run_and_show_views(script, tmp_path, capsys):
     module = importlib.import_module(script)
     with pytest.raises(SystemExit, match="^0$"):
         module.main(["--help"])
-    module.main(small(script, tmp_path, "--dry-run").split())
+    module.main(small(script, tmp_path, "--dry-run --data {tree/class0}").split())  # unlabelled
     said = capsys.readouterr().out
-    assert all(w in said for w in ("theta", "--mean-enc-src", "48 images", "M parameters", "chance"))
+    assert all(w in said for w in ("theta", "--mean-enc-src", "16 images", "M parameters", "chance"))
     more = "--show-views {v.png} --scalemix-src --multicrop-src --num-small 6 --asym-aug"
     module.main(small(script, tmp_path, more).split())
     pixels = np.asarray(Image.open(tmp_path / "v.png"))  # each in its place: tests/test_data.py

@@ -3,6 +3,7 @@
 import importlib
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,21 +24,6 @@ DESIGNS = ("--multicrop-src --num-small 2 --scalemix-src --aug-src strong --mean
 def script(request):
     """MoCo v2 stands for all where nothing but shared blocks is tested: they are identical."""
     return importlib.import_module(getattr(request, "param", "mocov2_asym"))
-
-
-@pytest.mark.parametrize("groups, affine", [(1, True), (4, True), (4, False)])
-def test_batch_norm_in_eval_mode_without_tracking_and_in_files(script, groups, affine):
-    """In training: tests/test_processes.py."""
-    x = torch.randn(12, 5, 3, 3, generator=rng(3))
-    bn, theirs = script.BatchNorm(5, groups, affine), nn.BatchNorm2d(5, affine=affine).eval()
-    for i, p in enumerate([*bn.parameters(), bn.running_mean, bn.running_var]):
-        nn.init.uniform_(p, 0.5, 1.5, generator=rng(i))
-    theirs.load_state_dict(bn.state_dict())
-    bn.track = False
-    bn(x)
-    close(bn.eval()(x), theirs(x))
-    described = [{k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (bn, theirs)]
-    assert described[0] == described[1] and isinstance(bn, nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -102,7 +88,11 @@ def test_no_copy_of_a_step_waits_for_the_device(script, flags, monkeypatch):
 
 @pytest.mark.parametrize("size", [224, 32])
 def test_resnets_are_torchvisions_but_for_the_stem_for_small_images(script, size):
-    net, width = resnet.build("resnet18", size, script.BatchNorm)
+    """And their BatchNorm, when it does not train, torch's. In training: tests/test_processes.py."""
+    net, width = resnet.build("resnet18", size, partial(script.BatchNorm, groups=4))
+    for k, x in net.named_buffers():
+        if "running_" in k:
+            nn.init.uniform_(x, 0.5, 1.5, generator=rng(k))
     theirs = torchvision.models.resnet18(weights=None)
     if size == 32:
         theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
@@ -143,13 +133,10 @@ def test_number_recipes_scales_and_mixing_of_each_encoders_views(script):
     assert (small.size, small.recipe.scale) == (96, (0.05, 0.14))
 
 
-@pytest.mark.parametrize("total, warmup", [(10, 0), (10, 4), (7, 2.5), (1, 0)])
-def test_lr_factor(script, total, warmup):
-    f = [script.lr_factor(step, total, warmup) for step in range(total + 1)]
-    for step, factor in enumerate(f):
-        cosine = (1 + math.cos((step - warmup) / (total - warmup) * math.pi)) / 2
-        assert factor == pytest.approx(step / warmup if step < warmup else cosine)
-    assert f[0] == (0 if warmup else 1) and f[-1] == pytest.approx(0, abs=1e-12)
+def test_a_seed_has_views_and_a_queue_of_its_own(script):
+    args = [small_args(script, f"--seed {seed}") for seed in (0, 1)]
+    assert not torch.equal(*(views_of(script, a)[0][0][0] for a in args))
+    assert not torch.equal(*(build(script, a).queue for a in args))
 
 
 @pytest.mark.parametrize("n, batch", [(23, 5), (20, 5), (7, 7), (9, 1)])
@@ -200,7 +187,7 @@ def test_knn_sees_whole_images_evenly_spaced(script, monkeypatch):
                          indirect=["script"])
 def test_variances_are_those_of_the_encodings(script, flags, monkeypatch, double):
     """Of an image's unit vectors in two passes, with other batch-mates each time: the unbiased
-    variance, the mean over images and channels."""
+    variance, the mean over images and channels. Without labels there is no kNN."""
     args, images, steps = small_args(script, flags), small_images(40), []
     model, views = build(script, args), script.views
 
@@ -213,8 +200,9 @@ def test_variances_are_those_of_the_encodings(script, flags, monkeypatch, double
     for name, net in (("v_src", model.source), ("v_tgt", model.target)):
         net.register_forward_hook(lambda net, x, z, to=encoded[name]: to.append(z))
     with torch.no_grad():
-        found = script.variances(args, model, images, "cpu")
+        found = script.measure(args, model, (images, None, None), "cpu")
 
+    assert found.keys() == encoded.keys()
     assert len(steps) == 4 and sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3])
     assert len(set(steps[0] + steps[1])) == 32 and set(steps[0]) not in map(set, steps[2:])
     for name, batches in encoded.items():
@@ -226,23 +214,3 @@ def test_variances_are_those_of_the_encodings(script, flags, monkeypatch, double
                     of_image.setdefault(image, []).append(x / np.linalg.norm(x))
         values = [np.var(z, axis=0, ddof=1).mean() for z in of_image.values()]
         assert found[name] == pytest.approx(np.mean(values), rel=1e-9) and found[name] > 0
-
-
-@pytest.mark.parametrize("script, flags, labelled", [
-    ("mocov2_asym", DESIGNS, True), ("byol_asym", DESIGNS, False), ("barlow_asym", "", True),
-    ("simclr_asym", "--bn-groups 1 --symmetrize", True)], indirect=["script"])
-def test_measuring_changes_nothing(script, flags, labelled):
-    args, images = small_args(script, flags), small_images(40)
-    model = build(script, args)
-    model(*views_of(script, args)[:2], 0.9, rng(0))
-    before = {k: x.clone() for k, x in model.state_dict().items()}
-    random = torch.get_rng_state()
-    sets = (images, images, images[torch.arange(10)]) if labelled else (images, None, None)
-
-    result = script.measure(args, model, sets, "cpu")
-    assert set(result) == {"v_src", "v_tgt"} | ({"knn"} if labelled else set())
-    assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
-    assert all(m.training for m in model.modules())
-    assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(torch.get_rng_state(), random)
-    assert script.measure(args, model, sets, "cpu") == result

@@ -147,8 +147,21 @@ def test_a_step_is_the_plain_loops(name, flags, double):
         for k, x in getattr(model, side).state_dict().items():
             close(x, theirs[k], 1e-9, 1e-12)
     for z, found in ((u, spreads["std_src"]), (v, spreads["std_tgt"])):
-        z = z / z.norm(dim=1, keepdim=True)
-        close(found, z.std(0).mean() * z.shape[1] ** 0.5, 1e-9)
+        close(found, normalize(z).std(0).mean() * z.shape[1] ** 0.5, 1e-9)
+    if script is MOCOV2:  # one key of each image, after the loss: no image meets its own
+        close(model.queue, torch.cat([normalize(v), hand.queue[16:]]), 1e-9, 1e-12)
+        close(hand.queue.norm(dim=1), torch.ones(40))
+
+
+@pytest.mark.parametrize("size, batch", [(12, 4), (10, 4), (7, 5), (5, 5), (5, 8), (3, 10), (1, 4)])
+def test_mocov2s_queue_is_first_in_first_out(size, batch):
+    model = undrawn(MOCOV2, small_args(MOCOV2, f"--queue {size}"))
+    expected = model.queue.tolist()  # oldest first
+    for i in range(7):
+        keys = torch.randn(batch, 16, generator=rng(i))
+        model.enqueue(keys)
+        expected = (expected + keys.tolist())[-size:]
+        assert model.queue.roll(-model.queue_ptr.item(), 0).tolist() == expected
 
 
 @each
@@ -177,33 +190,15 @@ def test_chance_is_the_loss_of_encodings_that_tell_nothing(script):
             assert chance == pytest.approx(n * sum(losses), rel=0.02, abs=0.02)
 
 
-@pytest.mark.parametrize("flags", [
-    "--multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2",
-    "--multicrop-src --multicrop-tgt --scalemix-tgt --aug-src weak --aug-tgt strong --sync-bn-src "
-    "--bn-scope all --mean-enc-src 2"])
 @each
-def test_gradients_and_optimiser_reach_source_and_predictor_only(script, flags):
-    """With all designs on. A parameter that someone adds is trained. The target is shuffled where
-    groups would give the positive away."""
-    args, model = shaken(script, f"--num-small 2 {flags}")
+def test_the_target_is_shuffled_where_groups_would_give_the_positive_away(script):
+    args, model = shaken(script)
     src, tgt, generator = views_of(script, args)
     before = generator.get_state()
-    model(src, tgt, 0.9, generator)[0].backward()
+    model(src, tgt, 0.9, generator)
     drawn = not torch.equal(before, generator.get_state())
     assert drawn == model.shuffle == (script in (MOCOV2, MOCOV3, SIMCLR))
     assert undrawn(script, small_args(script, "--bn-groups 1")).shuffle == (script is MOCOV2)
-    learns = [model.source] + ([model.predictor] if script in PREDICTOR else [])
-    learns = {id(p) for part in learns for p in part.parameters() if p.requires_grad}
-    reached = [p for p in model.parameters() if p.grad is not None]
-    assert {id(p) for p in reached} == learns
-    assert all(p.grad.isfinite().all() and (p.ndim == 1 or p.grad.any()) for p in reached)
-
-    def trained(optimizer):
-        return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-    assert trained(script.Method.optimizer(args, model)) == learns
-    model.hack = nn.Parameter(torch.ones(2))
-    assert trained(script.Method.optimizer(args, model)) == learns | {id(model.hack)}
 
 
 @pytest.mark.parametrize("flag, side, other", [("--asym-bn", "target", "source"),
@@ -336,15 +331,18 @@ def test_simclrs_images_stay_in_0_1_also_for_those_who_evaluate_a_run(tmp_path, 
 @each
 def test_optimisers_and_learning_rates_in_training(script, tmp_path, monkeypatch, capsys):
     """Linear scaling, warm-up, cosine. SimSiam's predictor: constant. Barlow's biases: another. A
-    parameter in no group is refused."""
-    args, model = shaken(script, "--lr 0.32 --wd 0.03 --epochs 2 --warmup-epochs 1 --knn-every 0")
+    parameter that someone adds is trained; one in no group is refused."""
+    args, model = shaken(script, "--lr 0.32 --wd 0.03 --epochs 2 --warmup-epochs .5 --knn-every 0")
     args.out, args.lr_bias, rates = tmp_path, 0.16, []
     optimizer = script.Method.optimizer(args, model)
     optimizer.register_step_pre_hook(lambda o, *_: rates.append([g["lr"] for g in o.param_groups]))
+    model.hack = nn.Parameter(torch.ones(2))
+    groups = script.Method.optimizer(args, model).param_groups
+    assert any(p is model.hack for group in groups for p in group["params"])
+
     monkeypatch.setattr(script.Method, "optimizer", lambda args, model: optimizer)
     monkeypatch.setattr(script, "SIGNALS", ())
     job = args, {"code": ""}, model, (small_images(48), None, None), torch.device("cpu")
-    model.hack = nn.Parameter(torch.ones(2))
     with pytest.raises(SystemExit):
         script.train(*job)
     assert "in no group of the optimizer: hack; see" in capsys.readouterr().err
@@ -360,48 +358,10 @@ def test_optimisers_and_learning_rates_in_training(script, tmp_path, monkeypatch
     trained = [(k, p.ndim) for k, p in model.named_parameters() if p.requires_grad]
     assert second == {SIMSIAM: [(k, n) for k, n in trained if k.startswith("predictor.")],
                       BARLOW: [(k, n) for k, n in trained if n == 1]}.get(script, [])
-    peak = 0.32 * 16 / 256
-    for found, f in zip(rates, (0, 1 / 3, 2 / 3, 1, 0.75, 0.25), strict=True):  # a half cosine
+    peak, warmup, total = 0.32 * 16 / 256, 1.5, 6  # steps
+    assert len(rates) == total
+    for step, found in enumerate(rates):
+        cosine = (1 + math.cos((step - warmup) / (total - warmup) * math.pi)) / 2
+        f = step / warmup if step < warmup else cosine
         more = {SIMSIAM: [peak], BARLOW: [f * peak / 2]}.get(script, [])
         assert found == pytest.approx([f * peak, *more])
-
-
-TARGET_ONLY = ["--scalemix-tgt", "--asym-aug", "--aug-tgt strong", "--asym-bn", "--mean-enc 2",
-               "--asym-bn --bn-scope all"]
-SOURCE_ONLY = ["--aug-src weak", "--aug-src strong", "--sync-bn-src",
-               "--sync-bn-src --bn-scope all"]
-BOTH = ["--scalemix-src", "--mean-enc-src 2", "--bn-groups 2", "--multicrop-src", "--multicrop-tgt"]
-OWN = {MOCOV2: ["--vanilla-head", "--temperature 0.3", "--queue 39", "--ema 0.5",
-                "--hidden 33", "--dim 17", "--seed 1", "--mean-enc 3",  # and what is shared code
-                "--multicrop-src --multicrop-tgt", "--multicrop-src --num-small 3",
-                "--multicrop-src --small-size 12", "--multicrop-src --large-scale 0.5 1",
-                "--multicrop-src --small-scale 0.3 0.4"],
-       MOCOV3: ["--swap-aug", "--temperature 0.3", "--ema 0.5", "--symmetrize"],
-       SIMCLR: ["--negatives all", "--temperature 0.3", "--layers 3", "--symmetrize --bn-groups 1"],
-       BYOL: ["--swap-aug", "--ema 0.5", "--symmetrize"],
-       SIMSIAM: ["--layers 3", "--symmetrize"],
-       BARLOW: ["--swap-aug", "--lambd 0.1", "--layers 3"]}
-OFF = ("--aug-src base --aug-tgt base --mean-enc 1 --mean-enc-src 1 --bn-scope projector --amp off "
-       "--seed 0")
-
-
-@torch.no_grad()
-def first_step(script, flags):
-    args, model = shaken(script, f"--bn-groups 4 --num-small 2 {flags}")
-    src, tgt, generator = views_of(script, args)
-    loss, spreads = model(src, tgt, model.momentum(0), generator)
-    return loss.item(), spreads["std_src"].item(), spreads["std_tgt"].item()
-
-
-@each
-def test_every_switch_acts_on_its_own_side_and_is_inert_when_off(script):
-    base = first_step(script, "")
-    assert first_step(script, OFF) == base
-    every = TARGET_ONLY + SOURCE_ONLY + BOTH + OWN[script]
-    found = {flags: first_step(script, flags) for flags in every}
-    losses = [base[0], *[loss for loss, _, _ in found.values()]]
-    assert len(set(losses)) == len(losses) and all(map(math.isfinite, losses)), found
-    for flags in TARGET_ONLY:
-        assert found[flags][1] == base[1] and found[flags][2] != base[2], flags
-    for flags in SOURCE_ONLY:
-        assert found[flags][2] == base[2] and found[flags][1] != base[1], flags

@@ -230,19 +230,16 @@ def test_published_checkpoints(head, tmp_path):
     ("--out last.pt/v.json", "cannot be written"),
     ("--plot no/f.png", "no/f.png cannot be written"),
     ("--plot f.xyz", "FILE.png"),
+    ("--plot f.png", "pip install matplotlib"),
 ])
 def test_wrong_flags(flags, said, mocov2, monkeypatch):
     monkeypatch.chdir(mocov2)
     if "out" in flags or "plot" in flags:  # refused before anything is read
         monkeypatch.setattr(variance_ref, "open_checkpoint", None)
+    if flags == "--plot f.png":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert said in refusal("variance_ref", [mocov2, "--device", "cpu", *flags.split()])
     assert [path.name for path in mocov2.iterdir()] == ["last.pt"]
-
-
-def test_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = refusal("variance_ref", ["--theory", "--plot", tmp_path / "f.png"])
-    assert "pip install matplotlib" in said
 
 
 def test_wrong_checkpoints(mocov2, tmp_path):
