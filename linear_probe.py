@@ -338,10 +338,11 @@ def load_backbone(args):
     size = args.size = args.img_size or size
     digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in net.state_dict().values()))
     net = nn.Sequential(Normalize(mean, std), net).requires_grad_(False).eval()
+    width = net(torch.zeros(1, 3, size, size)).shape[1]
     return net.to(args.device), {
-        "names": f"{names}*", "arch": arch, "tensors": len(state), "size": size,
-        "dim": net(torch.zeros(1, 3, size, size)).shape[1], "mean": mean, "std": std,
-        "weights": digest.hexdigest()[:16], "trained_on": run.get("data")}
+        "names": f"{names}*", "arch": arch, "tensors": len(state), "dim": width, "size": size,
+        "mean": mean, "std": std, "weights": digest.hexdigest()[:16],
+        "trained_on": run.get("data")}
 
 
 def read(path):
