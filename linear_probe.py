@@ -27,7 +27,6 @@ import re
 import signal
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,9 +35,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.transforms import Normalize
 
-from common import augment, data, knn, resnet
-from common.augment import View, rng
+from common import data, knn, resnet
+from common.augment import V2, View, rng, weak
 from common.distributed import all_sum, barrier, check_launch, gather, mine, rank, say, world_size
 from common.flags import amount, check, fraction, parser, positive, whole
 from common.lars import LARS
@@ -104,9 +104,9 @@ def train(args, net, task, stage, lrs):
         summed, passed = summed + loss.detach(), (step + 1) // epoch
         if (step + 1) % epoch == 0:
             mean = (all_sum(summed) / world_size() / epoch).tolist()
-            finite = math.isfinite(mean[0]) and all(p.isfinite().all() for p in heads.parameters())
-            check(finite or len(lrs) > 1, f"loss {mean[0]}, or weights that are not finite, after "
-                  f"epoch {passed}: try a tenth of --lr {lrs[0]}")
+            finite = all(p.isfinite().all() for p in heads.parameters())
+            check(finite or len(lrs) > 1, f"weights that are not finite, after epoch {passed}: try "
+                  f"a tenth of --lr {lrs[0]}")
             log(args, {"data": task.name, "stage": stage, "epoch": passed, "lr": lrs, "loss": mean,
                        task.metric: [grade(task, head, x, labels) for head in heads]},
                 show=passed % max(1, args.epochs // 10) == 0)
@@ -186,7 +186,7 @@ def fit_l2(x, labels, classes, l2, start=None, most=1000):
 
     first, solved, iterations = objective(1).item(), False, 0
     while not solved and iterations < most:
-        optimizer.step(partial(objective, first))  # the line search wants values near 1
+        optimizer.step(lambda: objective(first))  # the line search wants values near 1
         value, gradient = objective(first).item(), nn.utils.get_total_norm([w.grad, b.grad]).item()
         solved = gradient < min(1e-5, math.sqrt(2e-4 * l2 * value / first) / s.item())
         iterations = optimizer.state[w]["n_iter"]
@@ -210,8 +210,11 @@ def load_tasks(args, download=False):
     for name in TRANSFER if "all" in asked else asked:
         try:
             tasks[Path(name).absolute().name] = load_task(args, name, download)
-        except data.DataError as e:
-            absent[name] = str(e)
+        except (OSError, RuntimeError, ValueError, KeyError, ImportError, data.DataError) as e:
+            if not args.transfer:
+                raise
+            where = TRANSFER[name].where.replace("ROOT", args.data_root)
+            absent[name] = f"{name} is not in {args.data_root}/ ({str(e).splitlines()[0]}): {where}"
     check(tasks, "; ".join(absent.values()))
     return tasks, absent
 
@@ -221,17 +224,11 @@ def load_task(args, name, download=False):
     (n, c) of 1, 0, -1; held and rest are the rows of those held out to choose and of the others.
     measure() adds features: x (n, d), or None for fresh crops, test_x, held_x."""
     target, root = TRANSFER[name] if args.transfer else None, args.data_root
-    try:
-        if target and target.load:
-            train, *val, test = target.load(root, download)
-        else:
-            place = f"{root}/{name}" if target and name not in data.NAMES else name
-            train, *val, test = data.load(place, root, download)[1:]
-    except (OSError, RuntimeError, ValueError, KeyError, ImportError, data.DataError) as e:
-        if not target or name in data.NAMES:
-            raise
-        raise data.DataError(f"{name} is not in {root}/ ({str(e).splitlines()[0]}): "
-                             f"{target.where.replace('ROOT', root)}") from e
+    if target and target.load:
+        train, *val, test = target.load(root, download)
+    else:
+        place = f"{root}/{name}" if target and name not in data.NAMES else name
+        train, *val, test = data.load(place, root, download)[1:]
     if train is None or len(train.classes) < 2 or len(train) < 10:
         raise data.DataError(f"{name} has no labels to learn, or less than ten images; give a "
                              "folder with train/CLASS/ and val/CLASS/")
@@ -252,28 +249,13 @@ def load_task(args, name, download=False):
 
 
 # ============================================================================== features
-class Frozen(nn.Module):
-    """Images (n, 3, s, s) in [0, 1] -> features (n, d): normalisation, a backbone in eval mode."""
-
-    def __init__(self, backbone, size, mean, std):
-        super().__init__()
-        self.backbone, self.size = backbone, size
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        self.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def forward(self, x):
-        return self.backbone((x - self.mean) / self.std).to(torch.get_default_dtype())
-
-
 def encode(args, net, images):
     """Features (n, d) of n images' centre crops, shared out among the processes. The crops are
     those of the scripts' kNN: resize to 256, crop 224, up to 64 px all of the square, bilinear.
     Transfer, as BYOL: all of the square, bicubic."""
     rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
     how = {"share": 1, "bicubic": True} if args.transfer else {}
-    crops = data.centres(images, rows[mine()], net.size, args.workers, args.device, **how)
+    crops = data.centres(images, rows[mine()], args.size, args.workers, args.device, **how)
     parts = [net(x).cpu() for x, _ in crops]
     refuse_unreadable()
     return gather(torch.cat(parts))[: len(images)]
@@ -287,7 +269,7 @@ def features_of(args, net, task, steps):
             yield step, rows[mine()], task.x[rows[mine()]].to(args.device)
         return
 
-    view = View(replace(augment.V2, scale=(0.08, 1.0)), net.size)
+    view = View(weak(V2), args.size)
     steps, ahead = itertools.tee(steps)
     crops = data.crop(task.images, [view], ahead, args.seed, mine(), args.workers, args.device)
     for (step, rows), (x,) in zip(steps, crops, strict=True):
@@ -326,23 +308,25 @@ RENAME = {  # nn.Sequential's, timm's ViTs' and torchvision's old names -> torch
 
 
 def load_backbone(args):
-    """The network of a checkpoint, a Frozen, and a dict about it. Of a run: whatever network its
-    own script builds. Of other files: the architecture whose tensors fit; 224 px, or 32 with the
-    3 x 3 convolution of CIFAR's stem; ImageNet's normalisation."""
+    """The frozen network of a checkpoint, images (n, 3, s, s) in [0, 1] -> features (n, d), and a
+    dict about it; args.size is then s. Of a run: whatever network its own script builds. Of other
+    files: the architecture whose tensors fit; 224 px, or 32 with the 3 x 3 convolution of CIFAR's
+    stem; ImageNet's normalisation."""
     path, run, names = Path(args.checkpoint), {}, ""
     if path.is_dir():
         path = path / ("backbone_target.pth" if args.encoder == "target" else "backbone.pth")
-    found, beside = read(path), path.with_name("args.json")
-    if found.keys() >= {"args", "step", "model"} and "method" in found["args"]:  # last.pt
-        run, names = found["args"], f"model.{args.encoder}.backbone."
+    state, beside = read(path), path.with_name("args.json")
+    if state.keys() >= {"args", "step", "model"} and "method" in state["args"]:  # last.pt
+        run, names = state["args"], f"{args.encoder}.backbone."
+        model = state["model"].items()
+        state = {k.removeprefix(names): v for k, v in model if k.startswith(names)}
     elif path.name in ("backbone.pth", "backbone_target.pth") and beside.exists():
         run = json.loads(beside.read_text())
     torch.manual_seed(args.seed)
     if run:
-        state, net = part_of(flatten(found), names), of_run(args, run, path)
-        arch, size = run["arch"], run["img_size"]
+        net, arch, size = of_run(args, run, path), run["arch"], run["img_size"]
     else:
-        names, state = find_backbone(found, args.encoder, path)
+        names, state = find_backbone(state, args.encoder, path)
         net, arch, size = of_others(args, state)
     if not args.untrained:
         whole = [k for k, v in state.items() if not v.is_floating_point() and "batches" not in k]
@@ -351,31 +335,25 @@ def load_backbone(args):
 
     mean = args.mean or run.get("mean", data.IMAGENET[0])
     std = args.std or run.get("std", data.IMAGENET[1])
-    frozen = Frozen(net, args.img_size or size, mean, std)
-    try:
-        width = frozen(torch.zeros(1, 3, frozen.size, frozen.size)).shape[1]
-    except (RuntimeError, AssertionError) as e:
-        check(False, f"--img-size {frozen.size} is not for {arch}: {str(e).splitlines()[0]}")
+    size = args.size = args.img_size or size
     digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in net.state_dict().values()))
-    return frozen.to(args.device), {
-        "names": f"{names}*", "arch": arch, "tensors": len(state), "dim": width,
-        "size": frozen.size, "mean": mean, "std": std, "weights": digest.hexdigest()[:16],
-        "trained_on": run.get("data"), "trained_names": run.get("names")}
+    net = nn.Sequential(Normalize(mean, std), net).requires_grad_(False).eval()
+    width = net(torch.zeros(1, 3, size, size)).shape[1]
+    return net.to(args.device), {
+        "names": f"{names}*", "arch": arch, "tensors": len(state), "dim": width, "size": size,
+        "mean": mean, "std": std, "weights": digest.hexdigest()[:16],
+        "trained_on": run.get("data")}
 
 
 def read(path):
-    """A file of torch.save, a dict. Nothing in it is executed."""
-    check(path.is_file(), f"{path}: no such file; give the folder of a run, or a checkpoint")
+    """A file of torch.save, as a dict. Nothing in it is executed."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as e:  # a truncated or foreign file raises nearly anything
-        why = f"it is no whole dict of torch.save ({type(e).__name__}); truncated?"
-        if code := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            why = (f"it holds {code[1]}, and to load that would run the file's code; if you trust "
-                   "it, load it with weights_only=False and save a state_dict")
-        elif path.read_bytes()[8:10] == b'{"':  # after the length of a header in JSON
-            why = "safetensors; convert it: torch.save(safetensors.torch.load_file(FILE), NEW)"
-        check(False, f"{path} cannot be read: {why}")
+    except Exception as e:  # a missing, truncated or foreign file raises nearly anything
+        found = " ".join([type(e).__name__, *re.findall(r"GLOBAL ([\w.]+)", str(e))])
+        check(False, f"{path} cannot be read ({found}): is it there, and whole? safetensors: torch."
+              "save(safetensors.torch.load_file(FILE), NEW) converts them. If it holds more than "
+              "tensors, and you trust it: load it with weights_only=False and save a state_dict")
 
 
 def flatten(found, prefix=""):
@@ -387,10 +365,6 @@ def flatten(found, prefix=""):
         elif torch.is_tensor(x):
             flat[f"{prefix}{name}"] = x
     return flat
-
-
-def part_of(state, prefix):
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def of_run(args, run, path):
@@ -422,7 +396,7 @@ def find_backbone(found, encoder, path):
     check(len(prefix) == 1, f"{path} holds {len(prefix)} backbones for --encoder {encoder}, of "
           f"{', '.join(f'{p}*' for p in held)}; choose the other encoder, or keep only one")
 
-    state = part_of(flat, prefix[0])
+    state = {k.removeprefix(prefix[0]): v for k, v in flat.items() if k.startswith(prefix[0])}
     state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
     for pattern, name in RENAME.items():
         state = {re.sub(pattern, name, k): v for k, v in state.items()}
@@ -438,7 +412,7 @@ def of_others(args, state):
     positions = state.get("encoder.pos_embedding")  # a ViT's
     if positions is None:
         size = 224 if state["conv1.weight"].shape[-1] == 7 else 32
-        archs = ["resnet50", "resnet18", *resnet.ARCHS]  # the likeliest first
+        archs = resnet.ARCHS
         build = lambda arch: resnet.build(arch, size, nn.BatchNorm2d)[0]
     else:
         mocov3 = importlib.import_module("mocov3_asym")
@@ -452,13 +426,8 @@ def of_others(args, state):
     def shapes(tensors):  # without BN's counters of batches, which some files lack
         return {(k, v.shape) for k, v in tensors.items() if not k.endswith("batches_tracked")}
 
-    differ = {}
-    for arch in archs:
-        with torch.device("meta"):
-            differ[arch] = len(shapes(build(arch).state_dict()) ^ shapes(state))
-        if not differ[arch]:
-            break
-    arch = min(differ, key=differ.get)
+    with torch.device("meta"):
+        arch = min(archs, key=lambda arch: len(shapes(build(arch).state_dict()) ^ shapes(state)))
     net = build(arch)
     if positions is not None and positions[:, 0].any():  # learned; MoCo v3's are 0 there
         check(args.img_size in (None, size), f"--img-size {args.img_size}: the positions of "
@@ -528,9 +497,8 @@ def resolve(args, tasks):
     images = next(iter(tasks.values())).images
     large = images.pixels is None and len(images) >= 100_000 and not args.transfer
     args.protocol = args.protocol or ("lars" if large else "lbfgs")
-    for name, value in PROTOCOLS[args.protocol].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    vars(args).update(PROTOCOLS[args.protocol] | given)
     gradient = args.protocol in LR_SWEEP
     check(gradient or args.lr is args.lr_sweep is None, f"--protocol {args.protocol} has no "
           "learning rate; add --protocol lars or sgd to --lr and --lr-sweep")
@@ -560,10 +528,8 @@ def work(args):
     if not args.export:
         probe(args, net, backbone)
     elif rank() == 0:
-        torch.save({k: v.cpu() for k, v in net.backbone.state_dict().items()}, args.export)
-        numbers = {"--mean": backbone["mean"], "--std": backbone["std"]}
-        say(f"{args.export}: {backbone['arch']}, {backbone['names']} of {args.checkpoint}; to be "
-            f"read with {listed(numbers)}  --img-size {backbone['size']}")
+        torch.save({k: v.cpu() for k, v in net[1].state_dict().items()}, args.export)
+        say(f"{args.export}, of {args.checkpoint}: {listed(backbone)}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -577,9 +543,6 @@ def probe(args, net, backbone):
     barrier()
     tasks, absent = load_tasks(args)
     resolve(args, tasks)
-    there, names = backbone["trained_on"], backbone.pop("trained_names")
-    if args.data == there and any(task.images.names != names for task in tasks.values()):
-        say(f"note: {there} has other training images now than when the run began")
     seen = {name: [t.images.names, t.test_images.names] for name, t in tasks.items()}
     about = {**vars(args), **backbone, "torch": torch.__version__, "images": seen}
     about = json.loads(json.dumps(about, default=str))  # as in the file
@@ -630,11 +593,11 @@ def measure(args, net, task):
 def save_features(file, task):
     """Writes NumPy arrays: train_x (n, d) and test_x, float32, train_labels and test_labels,
     train_names and test_names, of files, "" where images are not files."""
-    arrays, test = {}, ("test", task.test_images, task.test_x)
-    for part, images, x in (("train", task.images, task.x), test):
+    arrays = {"train_x": task.x.float(), "train_labels": task.labels,
+              "test_x": task.test_x.float(), "test_labels": task.test_labels}
+    for part, images in (("train_names", task.images), ("test_names", task.test_images)):
         paths = [b""] * len(images) if images.paths is None else images.paths
-        arrays |= {f"{part}_x": x.float(), f"{part}_labels": images.labels,
-                   f"{part}_names": np.array([os.fsdecode(path) for path in paths])}
+        arrays[part] = [os.fsdecode(path) for path in paths]
     with open(file, "wb") as f:  # NumPy would add .npz
         np.savez(f, **arrays)
     say(f"  written to {file}")
@@ -660,25 +623,27 @@ def open_run(args, about):
     """Continues the probe in --out if it is this one, or starts one. Returns its results so far."""
     out, file = Path(args.out), Path(args.out, "result.json")
     check(not (out / "args.json").exists(), f"--out {out} holds no probe, but a run; use another")
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    anew = not file.exists() or args.overwrite and not restarted
-    old = {**about, "results": {}} if anew else json.loads(file.read_text())
-    differ = [f"{name} {old.get(name)} there, {value} here" for name, value in about.items()
-              if name not in MAY_DIFFER and old.get(name) != value]
-    differ += [f"other images of {name}" for name, names in about["images"].items()
-               if old["images"].get(name, names) != names]
-    check(not differ, f"--out {out} holds another probe ({', '.join(differ)}); use another, or "
-          "--overwrite")
+    anew = args.overwrite or not file.exists()
     barrier()  # all have looked
 
-    if anew and rank() == 0:
+    if not anew:
+        old = json.loads(file.read_text())
+        differ = [f"{name} {old.get(name)} there, {value} here" for name, value in about.items()
+                  if name not in MAY_DIFFER and old.get(name) != value]
+        differ += [f"other images of {name}" for name, names in about["images"].items()
+                   if old["images"].get(name, names) != names]
+        check(not differ, f"--out {out} holds another probe ({', '.join(differ)}); use another, or "
+              "--overwrite")
+        return old["results"]
+
+    if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         for path in (out / "log.jsonl", *out.glob("search-*.pt"), *out.glob("final-*.pt")):
             path.unlink(missing_ok=True)
-        save(args, "result.json", json.dumps(old, indent=1))
+        save(args, "result.json", json.dumps({**about, "results": {}}, indent=1))
         log(args, {"command": sys.argv, **about}, show=False)
     barrier()
-    return old["results"]
+    return {}
 
 
 def save(args, name, content):
@@ -701,9 +666,8 @@ def log(args, entry, show=True):
 def listed(entry):
     """Names and values of a dict, in a line."""
     def brief(value):
-        if isinstance(value, list | tuple):
-            return " ".join(map(brief, value))
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+        values = value if isinstance(value, list | tuple) else [value]
+        return " ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in values)
 
     return "  ".join(f"{k} {brief(v)}" for k, v in entry.items() if v is not None)
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import torch
 from bench import compare, machine, measure, table
+from torchvision.transforms import Normalize
 
 import linear_probe as probe
 from common import data, resnet, transfer
@@ -26,12 +27,12 @@ probe.save = probe.log = lambda *args, **more: None
 def sweep(n, epochs, repeats):
     """The demo recipe's network as initialised, on n demo images of 32 px: the least that a pass can cost."""
     args = SimpleNamespace(protocol="sgd", batch_size=64, epochs=epochs, seed=0, workers=0,
-                           device=torch.device("cpu"), transfer=None, out="nowhere")
+                           device=torch.device("cpu"), transfer=None, out="nowhere", size=32)
     images, _, test = data.load("demo")
     images, test = images[range(n)], test[range(256)]
     torch.manual_seed(0)
     backbone, _ = resnet.build("tiny", 32, torch.nn.BatchNorm2d)
-    net = probe.Frozen(backbone, 32, *data.HALF)
+    net = torch.nn.Sequential(Normalize(*data.HALF), backbone).requires_grad_(False).eval()
     task = SimpleNamespace(name="demo", metric="top-1", classes=10, images=images, labels=images.labels, x=None,
                            test_x=probe.encode(args, net, test), test_labels=test.labels)
     found = {}
