@@ -173,7 +173,7 @@ def claim():
 
     figure = Figure(figsize=(13, 6))
     axes = figure.subplots(1, 2)
-    titles = "the paper: ImageNet, 100 epochs", "here: demo data, 24 px, 7 epochs"
+    titles = "the paper: ImageNet, 100 epochs", "here: demo data, 20 px, 7 epochs"
     for axis, points, title in zip(axes, (papers, ours), titles, strict=True):
         rho = report.rank_correlation([p[:3] for p in points])[0]
         for x, y, c, error in points:
