@@ -313,14 +313,17 @@ def load_backbone(args):
     files: the architecture whose tensors fit; 224 px, or 32 with the 3 x 3 convolution of CIFAR's
     stem; ImageNet's normalisation."""
     path, run, names = Path(args.checkpoint), {}, ""
+    files = {"source": "backbone.pth", "target": "backbone_target.pth"}
     if path.is_dir():
-        path = path / ("backbone_target.pth" if args.encoder == "target" else "backbone.pth")
+        path = path / files[args.encoder]
     state, beside = read(path), path.with_name("args.json")
     if state.keys() >= {"args", "step", "model"} and "method" in state["args"]:  # last.pt
         run, names = state["args"], f"{args.encoder}.backbone."
         model = state["model"].items()
         state = {k.removeprefix(names): v for k, v in model if k.startswith(names)}
-    elif path.name in ("backbone.pth", "backbone_target.pth") and beside.exists():
+    elif path.name in files.values() and beside.exists():
+        check(path.name == files[args.encoder], f"{path} is not the {args.encoder}'s; give the run's "
+              "folder, or the other --encoder")
         run = json.loads(beside.read_text())
     torch.manual_seed(args.seed)
     if run:

@@ -441,7 +441,7 @@ def test_vits_are_the_networks_of_those_who_publish_them(names, arch, size, patc
 # ---- a run's own files ----
 
 
-def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
+def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder, capsys):
     about, digests = json.loads((run_folder / "args.json").read_text()), {}
     for checkpoint, encoder in itertools.product((run_folder, run_folder / "last.pt"),
                                                  ("source", "target")):
@@ -453,6 +453,7 @@ def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
         assert (told["arch"], told["size"], told["dim"]) == ("tiny", 16, 128)
         assert (told["mean"], told["trained_on"]) == (about["mean"], about["data"])
         digests.setdefault(encoder, set()).add(told["weights"])
+    assert "is not the source's" in refuse(capsys, run_folder / "backbone_target.pth", *FLAGS)
     assert len(digests["source"]) == len(digests["target"]) == 1
     assert digests["source"] != digests["target"]
     other = ["--mean", 0, 0, 0, "--std", 1, 1, 1, "--img-size", 24]
