@@ -322,8 +322,8 @@ def load_backbone(args):
         model = state["model"].items()
         state = {k.removeprefix(names): v for k, v in model if k.startswith(names)}
     elif path.name in files.values() and beside.exists():
-        check(path.name == files[args.encoder], f"{path} is not the {args.encoder}'s; give the run's "
-              "folder, or the other --encoder")
+        check(path.name == files[args.encoder], f"{path} is not the {args.encoder}'s; give the "
+              "run's folder, or the other --encoder")
         run = json.loads(beside.read_text())
     torch.manual_seed(args.seed)
     if run:
