@@ -328,14 +328,18 @@ def walk(folder, left):
 
 def in_memory(images):
     """Decodes a small folder of equally sized images once; returns any other as it is. First it
-    looks at fifty images, evenly spaced, for what is dropped of the files."""
+    looks at fifty images, evenly spaced, for what is dropped of the files; DataError if all are of
+    one shade."""
     sample = range(0, len(images), max(1, len(images) // 50))
-    lost, shapes, high = Counter(), set(), 0
+    lost, shapes, low, high = Counter(), set(), 255, 0
     for row in sample:
         pixels, there = images.decode(row, lost=lost)
         lost["what cannot be read: the next instead"] += there != row
         shapes.add(pixels.shape)
-        high = max(high, pixels.max().item())
+        low, high = min(low, pixels.min().item()), max(high, pixels.max().item())
+    if high - low < 2:  # masks of 0 and 1, say, or transparent all over
+        raise DataError(f"{os.fsdecode(images.paths[0])} and others are of one shade, values from "
+                        f"{low} to {high}; wanted pictures, with values from 0 to 255")
     lost[f"values above {high} of 255"] = (high < 128) * len(sample)
     left = [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
     images = replace(images, left=[*left, *images.left])

@@ -265,6 +265,16 @@ def test_what_is_dropped_of_files_is_counted(tmp_path, capsys):
     assert "values above 3 of 255, in 3 of 3 looked at" in load(str(tmp_path))[0].left
 
 
+@pytest.mark.parametrize("kind, said", [("L", "from 0 to 1;"), ("RGBA", "from 255 to 255;")])
+def test_sets_of_one_shade_are_refused(tmp_path, kind, said):
+    x = Image.fromarray(np.eye(8, dtype=np.uint8)).convert(kind)
+    if kind == "RGBA":
+        x.putalpha(0)
+    x.save(tmp_path / "0.png")
+    with pytest.raises(DataError, match=f"0.png and others are of one shade, values {said}"):
+        load(str(tmp_path))
+
+
 def test_broken_files_are_replaced_by_the_next_named_and_counted(tmp_path, monkeypatch, capfd):
     pixels = write(tmp_path, *[f"{i}.png" for i in range(9)], "9.jpg")
     broken = [tmp_path / name for name in ("2.jpg", "5.png", "6.png", "9.jpg")]
