@@ -350,11 +350,12 @@ def load_backbone(args):
 
 def read(path):
     """A file of torch.save, as a dict. Nothing in it is executed."""
+    check(path.is_file(), f"{path}: no such file; give the folder of a run, or a checkpoint")
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as e:  # a missing, truncated or foreign file raises nearly anything
+    except Exception as e:  # a truncated or foreign file raises nearly anything
         found = " ".join([type(e).__name__, *re.findall(r"GLOBAL ([\w.]+)", str(e))])
-        check(False, f"{path} cannot be read ({found}): is it there, and whole? safetensors: torch."
+        check(False, f"{path} cannot be read ({found}): is it whole? safetensors: torch."
               "save(safetensors.torch.load_file(FILE), NEW) converts them. If it holds more than "
               "tensors, and you trust it: load it with weights_only=False and save a state_dict")
 

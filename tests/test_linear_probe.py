@@ -777,8 +777,8 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tmp_path, capsys, m
     save(encoders[0], "other/backbone.pth")
 
     for name, words in {
-        "part.pth": "is it there, and whole?", "nowhere": "cannot be read (FileNotFoundError)",
-        ".": "cannot be read (FileNotFoundError)", "list.pth": "cannot be read",
+        "part.pth": "is it whole?", "nowhere": "no such file; give the folder",
+        ".": "no such file; give the folder", "list.pth": "cannot be read",
         "x.safetensors": "safetensors: torch.save(", "head.pth": "holds no backbone, but weight, ",
         "none.pth": "no backbone, but epoch", "dino.pth": "(UnpicklingError argparse.Namespace)",
         "evil.pth": "If it holds more than tensors, and you trust it: load it with weights_only",
