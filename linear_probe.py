@@ -40,7 +40,7 @@ from torchvision.transforms import Normalize
 from common import data, knn, resnet
 from common.augment import V2, View, rng, weak
 from common.distributed import all_sum, barrier, check_launch, gather, mine, rank, say, world_size
-from common.flags import amount, check, fraction, parser, positive, whole
+from common.flags import amount, check, code_digest, fraction, parser, positive, whole
 from common.lars import LARS
 from common.transfer import METRICS, TRANSFER
 from mocov2_asym import SIGNALS, fit, join_processes, launch, lr_factor
@@ -379,7 +379,7 @@ def of_run(args, run, path):
           f"another version of these scripts, or {script.name} is not beside linear_probe.py; put "
           "it there, or copy backbone.pth elsewhere, and give args.json's --mean --std --img-size")
     module = importlib.import_module(method)
-    if run.get("code") != module.code_digest():
+    if run.get("code") != code_digest(script):
         say(f"note: {script.name} or common/ changed since {path} was trained")
     return getattr(module.Method(SimpleNamespace(**run)), args.encoder).backbone
 

@@ -21,7 +21,6 @@ encoder: --multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --
 """
 
 # ============================================================================== shared: imports
-import hashlib
 import json
 import math
 import os
@@ -41,7 +40,7 @@ import torch.nn.functional as F
 from common import augment, data, knn, resnet
 from common.augment import View, rng
 from common.distributed import all_sum, barrier, check_launch, gather, mine, rank, say, world_size
-from common.flags import amount, check, fraction, parser, positive, whole
+from common.flags import amount, check, code_digest, fraction, parser, positive, whole
 
 # ============================================================================== method: recipes
 from common.lars import LARS
@@ -660,12 +659,6 @@ def resume(args, about, model, optimizer):
     return step
 
 
-def code_digest():
-    """Of this script and common/: by it a run knows whether its code has changed."""
-    paths = [Path(__file__), *sorted(Path(data.__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
 def save(args, about, step, model, optimizer):
     """Writes the backbones, then last.pt, with all that the next step needs."""
     sync_buffers(model)
@@ -766,9 +759,9 @@ def work(args):
     images.report(images.bad if rank() == 0 else ())
     check(batch <= n, f"--batch-size {batch} is more than the {n} images of {args.data}; use less")
 
-    about = {"method": METHOD, "format": 3, "code": code_digest(), "torch": torch.__version__,
-             "images": n, "names": images.names, "mean": images.stats[0], "std": images.stats[1],
-             **vars(args)}
+    about = {"method": METHOD, "format": 3, "code": code_digest(__file__), "images": n,
+             "names": images.names, "mean": images.stats[0], "std": images.stats[1],
+             "torch": torch.__version__, **vars(args)}
     about = json.loads(json.dumps(about))  # tuples become lists, as they do in the file
     if args.amp == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from common import data
 from common.augment import rng
 from common.distributed import check_launch, say
-from common.flags import check, number, parser, positive, whole
+from common.flags import check, code_digest, number, parser, positive, whole
 from mocov2_asym import launch, load
 
 # ============================================================================== designs
@@ -349,7 +349,7 @@ def work(args):
     """All that one process does: the table, variance.json and the figure."""
     script, run, weights = open_checkpoint(args)
     device = script.join_processes(args)
-    if getattr(run, "code", script.code_digest()) != script.code_digest():
+    if getattr(run, "code", None) not in (None, code_digest(script.__file__)):
         say(f"note: {run.method}.py or common/ changed since {args.checkpoint} was trained")
     images = [x for x in data.load(run.data, run.data_root) if x is not None][-1]
     images.stats = run.mean, run.std

@@ -1,6 +1,8 @@
-"""The command line: its parser, types of flags, and how a wrong one ends the program."""
+"""The command line: its parser, types of flags, and how a wrong one ends the program. Which code a
+run has."""
 
 import argparse
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -36,3 +38,9 @@ def check(good, message, alone=False):
         if alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2)
+
+
+def code_digest(script):
+    """Of a script and common/: by it a run knows whether its code has changed."""
+    paths = [Path(script), *sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()

@@ -29,7 +29,7 @@ SCRIPTS = {  # the six, and what makes each one small
     "byol_asym": HEADS, "simsiam_asym": "--layers 2 --hidden 8 --dim 16",
     "barlow_asym": f"--layers 2 {HEADS}"}
 SMALL = ("--recipe small --arch tiny --img-size 16 --small-size 8 --batch-size 16 --bn-groups 8 "
-         "--workers 0")
+         "--workers 0 --device cpu")
 TIMINGS = {"img_s", "data_frac", "mem_gb", "eta_s"}  # in which lines of equal runs may differ
 
 

@@ -15,7 +15,7 @@ from drill import EPOCH, Command
 from pool import ROOT, SCRIPTS, SMALL, class_tree, log_lines, refusal, saved
 
 import mocov2_asym as script
-from common import data
+from common import data, flags
 
 SCRIPT = "mocov2_asym"
 
@@ -208,7 +208,7 @@ def test_changed_code_says_so_and_goes_on(tree, tmp_path, capsys, monkeypatch, c
     for path in (ROOT / f"{SCRIPT}.py", *(ROOT / "common").glob("*.py")):
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     monkeypatch.setattr(script, "__file__", str(tmp_path / f"{SCRIPT}.py"))
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "common" / "data.py"))
+    monkeypatch.setattr(flags, "__file__", str(tmp_path / "common" / "flags.py"))
     out, begun = tmp_path / "run", (tmp_path / f"{SCRIPT}.py").read_bytes()
     note = f"note: {SCRIPT}.py or common/ changed since {out} began"
     for steps in (2, 3, 4, 5):

@@ -156,7 +156,7 @@ class Stepper:
             self.learn(*sides, generator)
             self.optimizer.step()
             torch.cuda.set_sync_debug_mode("default")
-        return sum("synchron" in str(w.message) for w in caught)
+        return sum("called a synchronizing" in str(w.message) for w in caught)
 
 
 def torch_batch_norm(bn, x):
