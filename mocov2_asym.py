@@ -278,15 +278,14 @@ class SyncNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, mean, var = ctx.saved_tensors
+        w, invstd = torch.ones_like(mean) if weight is None else weight, (var + ctx.eps).rsqrt()
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
+            grad, x, w, mean, var, mean, invstd, False, ctx.eps, [True, True, True])
 
-        # That held mean and var constant: dx = weight invstd dy. As they move with x, it is
-        # weight invstd (dy - mean(dy) - x' mean(dy x')), x' = (x - mean) invstd, means over all.
-        invstd = (var + ctx.eps).rsqrt()
-        constant, slope = all_sum(torch.stack([dbias, dweight * invstd])) * invstd / ctx.n
-        if weight is not None:
-            constant, slope = constant * weight, slope * weight
+        # That held mean and var constant: dx = w invstd dy. As they move with x, it is
+        # w invstd (dy - mean(dy) - x' mean(dy x')), x' = (x - mean) invstd, means over all.
+        sums = all_sum(torch.stack([dbias, dweight * invstd]))
+        constant, slope = sums * w * invstd / ctx.n
         shape = 1, -1, *[1] * (x.ndim - 2)
         dx = torch.addcmul(dx, x, slope.to(x.dtype).view(shape), value=-1)
         dx -= (constant - slope * mean).to(x.dtype).view(shape)

@@ -83,7 +83,7 @@ def log_lines(out, drop=TIMINGS):
 
 
 def saved(out):
-    return torch.load(Path(out, "last.pt"), weights_only=True)
+    return torch.load(Path(out, "last.pt"), map_location="cpu", weights_only=True)
 
 
 def tensors(state, prefix=""):

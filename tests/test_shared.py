@@ -11,6 +11,7 @@ import torch
 import torchvision
 from pool import SCRIPTS, build, close, small_args, small_images, views_of
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.functional import normalize
 
 from common import augment, data, knn, resnet
@@ -84,6 +85,33 @@ def test_no_copy_of_a_step_waits_for_the_device(script, flags, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", spy)
     src, tgt, generator = views_of(script, args)
     model(src, tgt, 0.9, generator)[0].backward()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize("kind, limit", [(torch.float64, 1e-9), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("shape", [(24, 6), (24, 6, 2, 2)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_synchronised_batch_norm_of_one_process_is_torchs(script, affine, shape, kind, limit,
+                                                          device, monkeypatch):
+    """On a GPU too, whose kernel wants all arguments. Of two and four: tests/test_processes.py."""
+    kernel = torch.ops.aten.native_batch_norm_backward
+    complete = lambda *a: kernel(*a) if all(x is not None for x in a) else pytest.fail("None")
+    monkeypatch.setattr(torch.ops.aten, "native_batch_norm_backward", complete)
+    precision, found = torch.float64 if kind == torch.float64 else torch.float32, []
+    x, g = torch.randn(2, *shape, generator=rng("x")).to(device, kind)
+    if len(shape) == 4:
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    for norm in (script.SyncNorm.apply, F.batch_norm):
+        stats = torch.zeros(6, dtype=precision, device=device), torch.ones(6).to(device, precision)
+        params = [torch.rand(6, generator=rng(k)).to(device, precision) for k in "wb" * affine]
+        leaves = [t.clone().requires_grad_() for t in (3 + 2 * x, *params)]
+        y = norm(leaves[0], *stats, *(leaves[1:] or (None, None)), True, 0.1, 1e-5)
+        y.backward(g)
+        found.append([y.detach(), *stats, *(t.grad for t in leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() < limit * theirs.norm()
 
 
 @pytest.mark.parametrize("size", [224, 32])
