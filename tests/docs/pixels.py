@@ -1,10 +1,13 @@
 """kNN of the demo data on raw pixels and on 8 x 8 thumbnails, which a network has to beat:
-python tests/pixels.py"""
+python tests/docs/pixels.py"""
 
-import conftest  # noqa: F401
+import sys
+from pathlib import Path
+
 import torch.nn.functional as F
 
-from common import data, knn
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import data, knn  # noqa: E402
 
 if __name__ == "__main__":
     _, bank, queries = data.load("demo")
