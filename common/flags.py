@@ -1,5 +1,4 @@
-"""The command line: its parser, types of flags, and how a wrong one ends the program. Which code a
-run has."""
+"""The command line: its parser, types of flags, how a wrong one ends a run. A run's code."""
 
 import argparse
 import hashlib
