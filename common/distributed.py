@@ -1,6 +1,7 @@
 """The processes of a run: which one this is, and what they exchange. Also for a run of one."""
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,5 @@ def check_launch(args):
     check(args.device != "cuda" or here <= gpus,
           f"{here} process(es) here and {gpus} GPU(s): start fewer, or use --device cpu")
     if args.workers is None:
-        cores = os.cpu_count()
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         args.workers = min(8, max(1, cores // here))
