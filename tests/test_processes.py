@@ -4,6 +4,7 @@ float64: there, what is equal is equal to 1e-9 on every machine, and rounding de
 import importlib
 import os
 import signal
+from unittest import mock
 
 import pool as helper
 import pytest
@@ -158,11 +159,8 @@ def disturbed(method, line, stop=None, deaf=None, dropout=0.0):
         seeds.append(torch.initial_seed())
         return over_crops(loss, [F.dropout(z, dropout) for z in z_src], z_tgt)
 
-    script.lr_factor, script.over_crops = hit, dropping
-    try:
+    with mock.patch.multiple(script, lr_factor=hit, over_crops=dropping):
         return helper.call(method, line)[0], seeds
-    finally:
-        script.lr_factor, script.over_crops = lr_factor, over_crops
 
 
 @pytest.mark.parametrize("method, flags", [

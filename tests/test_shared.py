@@ -12,7 +12,6 @@ import torchvision
 from pool import SCRIPTS, build, close, small_args, small_images, views_of
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.functional import normalize
 
 from common import augment, data, knn, resnet
 from common.augment import View, rng
@@ -186,7 +185,7 @@ def test_global_batches(n, batch):
 
 @pytest.mark.parametrize("k, temperature", [(1, 0.1), (7, 0.1), (7, 1.0), (500, 0.5)])
 def test_the_vote_is_brute_force(k, temperature, double):
-    bank, asks = (normalize(torch.randn(n, 4, generator=rng(n))) for n in (60, 1100))  # two chunks
+    bank, asks = (F.normalize(torch.randn(n, 4, generator=rng(n))) for n in (60, 1100))  # 2 chunks
     labels, truth = torch.arange(60) % 3, torch.arange(1100) % 3
     right = 0
     for x, label in zip(asks.numpy(), truth.tolist(), strict=True):
@@ -201,7 +200,7 @@ def test_the_vote_is_brute_force(k, temperature, double):
 def test_knn_sees_whole_images_evenly_spaced(script, monkeypatch):
     net, images = build(script, small_args(script)).source.backbone.eval(), small_images(20)
     x = nn.functional.interpolate(images.pixels, 16, mode="bilinear", antialias=True)
-    z = normalize(net((x[[0, 9, 19]].float() / 255 - 0.5) / 0.25))
+    z = F.normalize(net((x[[0, 9, 19]].float() / 255 - 0.5) / 0.25))
     monkeypatch.setattr(knn, "BANK", 3)
     monkeypatch.setattr(knn, "QUERIES", 5)
     monkeypatch.setattr(knn, "vote", lambda bank, queries: (*bank, queries[1]))
