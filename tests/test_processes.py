@@ -148,14 +148,13 @@ def disturbed(method, line, stop=None, deaf=None, dropout=0.0):
     """A run with dropout, as someone may add it, in which a process (of two, the other than deaf)
     gets SIGTERM in the middle of a step. Its exit code, and the global generator's seeds."""
     script, me, seeds = importlib.import_module(method), int(os.environ.get("RANK", 0)), []
-    lr_factor, over_crops = script.lr_factor, script.over_crops
 
-    def hit(step, *args):
+    def hit(step, *args, lr_factor=script.lr_factor):
         if step == stop and me != deaf:
             os.kill(os.getpid(), signal.SIGTERM)
         return lr_factor(step, *args)
 
-    def dropping(loss, z_src, z_tgt):
+    def dropping(loss, z_src, z_tgt, over_crops=script.over_crops):
         seeds.append(torch.initial_seed())
         return over_crops(loss, [F.dropout(z, dropout) for z in z_src], z_tgt)
 
