@@ -105,6 +105,13 @@ def same_state(a, b, limit=0.0, running=0.0):
             assert (x - y).norm() <= most * (x.norm() + 1e-3), k
 
 
+class Bomb:
+    """Where it is loaded as code, the folder shows it."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

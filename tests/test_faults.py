@@ -12,7 +12,7 @@ import drill
 import pytest
 import torch
 from drill import EPOCH, Command
-from pool import ROOT, SCRIPTS, SMALL, class_tree, log_lines, refusal, saved
+from pool import ROOT, SCRIPTS, SMALL, Bomb, class_tree, log_lines, refusal, saved
 
 import mocov2_asym as script
 from common import data, flags
@@ -171,35 +171,25 @@ def test_another_run_is_refused_with_the_difference(tree, tmp_path, capsys, monk
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_a_last_pt_that_cannot_be_used_is_a_line(tree, tmp_path):
-    script.main(argv(tree, tmp_path, "--steps 2"))
-    last, state = tmp_path / "last.pt", saved(tmp_path)
-    for content in (b"no checkpoint", b"", last.read_bytes()[:5000]):
+@pytest.mark.parametrize("flags", ["", "--init last.pt"])
+def test_a_file_that_cannot_be_used_is_a_line_and_its_code_is_not_run(
+        tree, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    script.main(argv(tree, ".", "--steps 2"))
+    line, last, state = argv(tree, "run" if flags else ".", flags), Path("last.pt"), saved(".")
+    torch.save({"step": 1, "args": Bomb()}, "bomb.pt")
+    for content in (b"no checkpoint", b"", last.read_bytes()[:5000],
+                    Path("bomb.pt").read_bytes(), pickle.dumps(Bomb())):
         last.write_bytes(content)
-        assert f"{last} cannot be read" in refusal(SCRIPT, argv(tree, tmp_path))
+        assert "last.pt cannot be read" in refusal(SCRIPT, line)
+    assert not Path("exploded").exists()
+    pickle.loads(last.read_bytes())  # as if it were trusted
+    assert Path("exploded").exists()
 
     state["model"]["surplus"] = state["model"].pop("source.backbone.conv1.weight")
     torch.save(state, last)
-    said = refusal(SCRIPT, argv(tree, tmp_path))
+    said = refusal(SCRIPT, argv(tree, "."))
     assert "surplus" in said and "source.backbone.conv1.weight" in said
-
-
-class Bomb:
-    def __reduce__(self):
-        return Path.touch, (Path("exploded"),)
-
-
-@pytest.mark.parametrize("flags", ["", "--init last.pt"])
-def test_code_in_a_file_is_not_run(tree, tmp_path, monkeypatch, flags):
-    monkeypatch.chdir(tmp_path)
-    line = argv(tree, "run" if flags else ".", flags)
-    torch.save({"step": 1, "args": Bomb()}, "last.pt")
-    assert "last.pt" in refusal(SCRIPT, line)
-    Path("last.pt").write_bytes(pickle.dumps(Bomb()))
-    assert "last.pt" in refusal(SCRIPT, line)
-    assert not Path("exploded").exists()
-    pickle.loads(Path("last.pt").read_bytes())  # as if it were trusted
-    assert Path("exploded").exists()
 
 
 @pytest.mark.parametrize("changed", [f"{SCRIPT}.py", "common/data.py"])
@@ -209,6 +199,7 @@ def test_changed_code_says_so_and_goes_on(tree, tmp_path, capsys, monkeypatch, c
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     monkeypatch.setattr(script, "__file__", str(tmp_path / f"{SCRIPT}.py"))
     monkeypatch.setattr(flags, "__file__", str(tmp_path / "common" / "flags.py"))
+    monkeypatch.setattr(script, "measure", lambda *args: 1 / 0)  # --knn-every 0 measures nothing
     out, begun = tmp_path / "run", (tmp_path / f"{SCRIPT}.py").read_bytes()
     note = f"note: {SCRIPT}.py or common/ changed since {out} began"
     for steps in (2, 3, 4, 5):
@@ -233,12 +224,6 @@ def test_init_starts_both_backbones_from_a_file(tree, tmp_path, monkeypatch):
 
 
 # ---- numbers ----
-
-
-def test_knn_every_0_measures_nothing(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "measure", lambda *args: 1 / 0)
-    script.main(argv(tree, tmp_path))
-    assert log_lines(tmp_path)[-1]["step"] == 12
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "weight"])

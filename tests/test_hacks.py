@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,16 +25,10 @@ FLAGS = {"mean_after_normalising": "--mean-enc 2", "mobilenet_backbone": "--arch
 
 def load(folder, name):
     """The script of a folder, with the common/ beside it, as modules that nobody else gets."""
-    mine = lambda module: module.split(".")[0] in ("common", name)
-    others = {k: sys.modules.pop(k) for k in list(sys.modules) if mine(k)}
-    sys.path.insert(0, str(folder))
-    try:
+    others = {k: x for k, x in sys.modules.items() if k.split(".")[0] not in ("common", name)}
+    with (mock.patch.dict(sys.modules, others, clear=True),
+          mock.patch.object(sys, "path", [str(folder), *sys.path])):
         return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(folder))
-        for k in filter(mine, list(sys.modules)):
-            del sys.modules[k]
-        sys.modules.update(others)
 
 
 @pytest.fixture

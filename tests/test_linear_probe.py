@@ -20,18 +20,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.functional as TF
 from PIL import Image
-from pool import class_tree, close, log_lines, pictures, refusal
+from pool import Bomb, call, class_tree, close, log_lines, pictures, refusal
 
 import linear_probe as probe
 import mocov2_asym
 import mocov3_asym
-from common import data, knn, resnet, transfer
+from common import data, knn, transfer
 from common.augment import rng
 
 FLAGS = ["--workers", "0", "--device", "cpu"]
-MORE = {"lbfgs": "--knn-k 5", "knn": "--knn-k 5", "sgd": "--batch-size 16 --epochs 2",
-        "lars": "--batch-size 16 --epochs 2"}
 RUN = ("--recipe small --arch tiny --img-size 16 --batch-size 16 --bn-groups 2 --queue 8 --dim 8 "
        "--hidden 16 --workers 0 --epochs 1 --steps 2 --knn-every 0 --device cpu").split()
 
@@ -49,11 +48,11 @@ def main(*argv):
 
 
 def flags(protocol):
-    return [*FLAGS, *MORE[protocol].split(), "--protocol", protocol]
+    more = "--batch-size 16 --epochs 2" if protocol in ("sgd", "lars") else "--knn-k 5"
+    return [*FLAGS, *more.split(), "--protocol", protocol]
 
 
-def refuse(capsys, *argv):
-    capsys.readouterr()
+def refuse(*argv):
     return refusal("linear_probe", argv)
 
 
@@ -274,9 +273,9 @@ def encoders():
 
 
 @pytest.fixture(scope="session")
-def cifar():
-    torch.manual_seed(3)
-    return resnet.build("tiny", 32, torch.nn.BatchNorm2d)[0].state_dict()
+def tiny(run_folder):
+    """The run's backbone, with the stem for small images."""
+    return torch.load(run_folder / "backbone.pth", weights_only=True)
 
 
 def formats(source, target):
@@ -312,78 +311,68 @@ def formats(source, target):
 
 
 @pytest.mark.parametrize("name", list(formats({}, {})))
-def test_every_format_gives_its_encoders_exactly(name, encoders, capsys):
+def test_every_format_gives_its_encoders_exactly(name, encoders):
     found = formats(*encoders)[name]
     for encoder, expected in zip(("source", "target"), encoders, strict=True):
         if encoder == "target" and name in ("SimSiam", "SwAV", "Barlow Twins"):
-            with pytest.raises(SystemExit):
-                probe.find_backbone(found, encoder, "FILE")
-            assert "FILE holds 0 backbones for --encoder target" in capsys.readouterr().err
             continue
         _, state = probe.find_backbone(found, encoder, "FILE")
         assert state.keys() == expected.keys() and all(state[k] is expected[k] for k in state)
 
 
-def test_any_wrapper_and_container_is_looked_through(cifar, capsys):
+def test_any_wrapper_and_container_is_looked_through(tiny, capsys):
     wrappers = ["module.", "_orig_mod.", "model.", "backbone.", "net.", "encoder."]
     prefixes = ["", *wrappers, *map("".join, itertools.permutations(wrappers, 2))]
     containers = [lambda x: x, lambda x: {"model_state_dict": x, "optimizer": {"state": {}}},
                   lambda x: {"checkpoint": {"net": x}, "epoch": 1}]
     for prefix, wrap in itertools.product(prefixes, containers):
-        found = wrap(prefixed(cifar, prefix) | zeros(prefix, "fc.weight"))
+        found = wrap(prefixed(tiny, prefix) | zeros(prefix, "fc.weight"))
         names, state = probe.find_backbone(found, "source", "FILE")
-        assert names.endswith(prefix) and state.keys() == cifar.keys(), prefix
+        assert names.endswith(prefix) and state.keys() == tiny.keys(), prefix
 
-    shared = prefixed(cifar, "net.") | prefixed(cifar, "online_encoder.net.")  # one, by two names
-    assert probe.find_backbone(shared, "source", "FILE")[1].keys() == cifar.keys()
-    other = {k: v.clone() for k, v in cifar.items()}
-    with pytest.raises(SystemExit):
-        probe.find_backbone(prefixed(cifar, "a.") | prefixed(other, "b."), "source", "FILE")
-    assert "holds 2 backbones for --encoder source, of a.*, b.*" in capsys.readouterr().err
-
-
-def normalised(x):
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.IMAGENET)
-    return (x - mean) / std
+    shared = prefixed(tiny, "net.") | prefixed(tiny, "online_encoder.net.")  # one, by two names
+    assert probe.find_backbone(shared, "source", "FILE")[1].keys() == tiny.keys()
+    other = {k: v.clone() for k, v in tiny.items()}
+    two = prefixed(tiny, "a.") | prefixed(other, "b.")
+    for encoder, words in (("source", "2 backbones for --encoder source, of a.*, b.*"),
+                           ("target", "0 backbones for --encoder target, of a.*, b.*")):
+        with pytest.raises(SystemExit):
+            probe.find_backbone(two, encoder, "FILE")
+        assert f"FILE holds {words}" in capsys.readouterr().err
 
 
-def test_a_file_loads_exactly_and_names_what_is_missing_surplus_or_other(encoders, tmp_path,
-                                                                         capsys):
-    found, path = formats(*encoders)["MoCo"], tmp_path / "file.pth.tar"
+def test_a_file_loads_exactly_and_names_what_is_missing_surplus_or_other(encoders, tmp_path):
+    """That such a network is torchvision's: tests/test_shared.py. Some lack BN's counters."""
+    old = {k: v for k, v in encoders[0].items() if "num_batches" not in k}
+    found, path = formats(old, encoders[1])["MoCo"], tmp_path / "file.pth.tar"
     torch.save(found, path)
     net, about = backbone(path)
     assert (about["arch"], about["dim"], about["size"]) == ("resnet18", 512, 224)
     assert about["mean"] == data.IMAGENET[0]
     assert not net.training and not any(p.requires_grad for p in net.parameters())
-    x = torch.rand(2, 3, 64, 64, generator=rng(1))
-    reference = torchvision.models.resnet18()
-    reference.load_state_dict(encoders[0], strict=False)
-    reference.fc = torch.nn.Identity()
-    close(net(x), reference.eval()(normalised(x)), 1e-4, 1e-5)
+    assert all(torch.equal(v, encoders[0][k]) for k, v in net[1].state_dict().items())
 
     state = found["state_dict"]
     state["module.encoder_q.layer3.0.bn9.bias"] = state.pop("module.encoder_q.layer3.0.bn1.bias")
     state["module.encoder_q.layer3.0.bn1.weight"] = torch.ones(3)
     torch.save(found, path)
-    message = refuse(capsys, path, "--data", "demo", *FLAGS)
+    message = refuse(path, "--data", "demo", *FLAGS)
     for words in ("nearest is resnet18", 'Missing key(s) in state_dict: "layer3.0.bn1.bias"',
                   'Unexpected key(s) in state_dict: "layer3.0.bn9.bias"',
                   "size mismatch for layer3.0.bn1.weight"):
         assert words in message
 
 
-def test_architecture_stem_and_size_are_recognised(encoders, cifar, tmp_path, capsys):
-    old = {k: v for k, v in encoders[0].items() if "num_batches" not in k}
-    for state, arch, size in ((cifar, "tiny", 32), (old, "resnet18", 224)):
-        torch.save(state, tmp_path / "file.pth")
-        about = backbone(tmp_path / "file.pth")[1]
-        assert (about["arch"], about["size"]) == (arch, size)
+def test_architecture_stem_and_size_are_recognised(tiny, tmp_path):
+    torch.save(tiny, tmp_path / "file.pth")
+    about = backbone(tmp_path / "file.pth")[1]
+    assert (about["arch"], about["size"]) == ("tiny", 32)
     with torch.device("meta"):  # the names of resnet50, other shapes
         state = torchvision.models.wide_resnet50_2().state_dict()
         assert probe.of_others(None, state)[1:] == ("wide_resnet50_2", 224)
-    solo = prefixed(cifar, "backbone.") | zeros("", "classifier.weight")
+    solo = prefixed(tiny, "backbone.") | zeros("", "classifier.weight")
     torch.save({"state_dict": solo}, tmp_path / "file.pth")
-    message = refuse(capsys, tmp_path / "file.pth", "--export", tmp_path / "no.pth", *FLAGS)
+    message = refuse(tmp_path / "file.pth", "--export", tmp_path / "no.pth", *FLAGS)
     assert "solo-learn pads a 3 x 3 first convolution by 2" in message
 
 
@@ -407,8 +396,8 @@ def timm_names(state):
 @pytest.mark.parametrize("names, arch, size, patch, layers, heads", [
     ("MoCo v3's", "vit_small", 32, 16, 12, 12), ("MoCo v3's", "vit_tiny", 16, 4, 4, 3),
     ("torchvision's", "vit_small", 64, 16, 12, 6)])
-def test_vits_are_the_networks_of_those_who_publish_them(names, arch, size, patch, layers, heads,
-                                                         tmp_path, capsys):
+def test_vits_are_the_networks_of_those_who_publish_them(
+        names, arch, size, patch, layers, heads, tmp_path):
     """timm's names and fixed positions; older names and learned positions, which come with 64
     channels a head: such a ViT-S has MoCo v3's tensors, shape by shape, and half the heads."""
     torch.manual_seed(0)
@@ -430,18 +419,18 @@ def test_vits_are_the_networks_of_those_who_publish_them(names, arch, size, patc
     net, about = backbone(path)
     assert (about["arch"], about["size"], about["dim"]) == (arch, size, width)
     x = torch.rand(2, 3, size, size, generator=rng(3))
-    close(net(x), reference(normalised(x)), 1e-3, 1e-4)
+    close(net(x), reference(TF.normalize(x, *data.IMAGENET)), 1e-3, 1e-4)
     if names == "torchvision's":
-        said = refuse(capsys, path, "--data", "demo", *FLAGS, "--img-size", 80)
+        said = refuse(path, "--data", "demo", *FLAGS, "--img-size", 80)
         assert "--img-size 80: the positions of" in said and "are learned, for 64 px" in said
         torch.save(found | {"conv_proj.weight": torch.zeros(384, 3, 14, 14)}, path)
-        assert "a ViT of patches of 14 px; known" in refuse(capsys, path, *FLAGS)
+        assert "a ViT of patches of 14 px; known" in refuse(path, *FLAGS)
 
 
 # ---- a run's own files ----
 
 
-def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder, capsys):
+def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
     about, digests = json.loads((run_folder / "args.json").read_text()), {}
     for checkpoint, encoder in itertools.product((run_folder, run_folder / "last.pt"),
                                                  ("source", "target")):
@@ -453,7 +442,7 @@ def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder, capsys):
         assert (told["arch"], told["size"], told["dim"]) == ("tiny", 16, 128)
         assert (told["mean"], told["trained_on"]) == (about["mean"], about["data"])
         digests.setdefault(encoder, set()).add(told["weights"])
-    assert "is not the source's" in refuse(capsys, run_folder / "backbone_target.pth", *FLAGS)
+    assert "is not the source's" in refuse(run_folder / "backbone_target.pth", *FLAGS)
     assert len(digests["source"]) == len(digests["target"]) == 1
     assert digests["source"] != digests["target"]
     other = ["--mean", 0, 0, 0, "--std", 1, 1, 1, "--img-size", 24]
@@ -481,30 +470,25 @@ def test_a_runs_network_is_that_of_its_own_script(run_folder, tmp_path, monkeypa
     backbone("run")
     assert "note: mine.py or common/ changed since run" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "mine", mocov2_asym)  # the tiny network again
-    assert '"conv1.weight"' in refuse(capsys, "run", *flags("knn"))
-    Path("mine.py").unlink()
-    assert "mine.py is not beside" in refuse(capsys, "run/last.pt", *flags("knn"))
+    assert '"conv1.weight"' in refuse("run", *flags("knn"))
 
 
-def test_export_writes_torchvisions_names_and_exits(run_folder, encoders, tmp_path, monkeypatch,
-                                                    capsys):
+def test_export_writes_torchvisions_names_and_exits(run_folder, encoders, tiny, tmp_path,
+                                                    monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(run_folder, *FLAGS, "--export", "ours.pth")
     said = capsys.readouterr().out  # what the file does not hold
     assert "dim 128  size 16  mean 0.485 0.456 0.406  std 0.229 0.224 0.225" in said
-    expected = torch.load(run_folder / "backbone.pth", weights_only=True)
-    found = torch.load("ours.pth", weights_only=True)
-    assert all(torch.equal(found[k], v) for k, v in expected.items())
     torch.save(formats(*encoders)["lightly"], "lightly.ckpt")
     main("lightly.ckpt", *FLAGS, "--encoder", "target", "--export", "lightly.pth")
-    net = torchvision.models.resnet18()
-    net.fc = torch.nn.Identity()
-    net.load_state_dict(torch.load("lightly.pth", weights_only=True))
-    assert torch.equal(net.layer4[1].conv2.weight, encoders[1]["layer4.1.conv2.weight"])
+    for file, expected in (("ours.pth", tiny), ("lightly.pth", encoders[1])):
+        found = torch.load(file, weights_only=True)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[k], v) for k, v in expected.items())
     assert {p.name for p in tmp_path.iterdir()} == {"ours.pth", "lightly.ckpt", "lightly.pth"}
 
 
-def test_features_are_saved_with_labels_and_names(run_folder, tmp_path, capsys):
+def test_features_are_saved_with_labels_and_names(run_folder, tmp_path):
     folder, net = class_tree(tmp_path / "images", 40, sizes=(20, 24)), backbone(run_folder)[0]
     arrays, of_arrays = pictures(40).permute(0, 2, 3, 1), tmp_path / "in.npz"
     np.savez(of_arrays, images=arrays, labels=np.arange(40) % 2)
@@ -523,7 +507,7 @@ def test_features_are_saved_with_labels_and_names(run_folder, tmp_path, capsys):
             top = (image.shape[1] - image.shape[2]) // 2
             square = data.resize(image[:, max(0, top) :][:, : image.shape[2]], 16)
             close(found[f"{part}_x"][3], net(square[None] / 255)[0], 1e-4, 1e-5)
-    said = refuse(capsys, run_folder, *flags("sgd"), "--save-features", tmp_path / "c.npz")
+    said = refuse(run_folder, *flags("sgd"), "--save-features", tmp_path / "c.npz")
     assert "use --protocol lbfgs or knn" in said
 
 
@@ -570,7 +554,6 @@ def lay_voc2007(root):
             write(top / f"ImageSets/Main/{c}_{part}.txt", "".join(rows))
         for i, name in enumerate(names):
             picture(top / f"JPEGImages/{name}.jpg", i)
-            write(top / f"Annotations/{name}.xml", "<annotation/>")
     return 24, 12, 12, ["cat", "dog"]
 
 
@@ -643,7 +626,7 @@ def test_centre_crops_are_the_protocols(size, to_transfer, short, bicubic, tmp_p
     net, args = torch.nn.Flatten(), args_of(*["--transfer", "dtd"] * to_transfer)
     args.size = size
     features = probe.encode(args, net, images)
-    image, TF = data.read_image(tmp_path / "image.png"), torchvision.transforms.functional
+    image = data.read_image(tmp_path / "image.png")
     modes = [TF.InterpolationMode.BILINEAR, TF.InterpolationMode.BICUBIC]
     expected = [TF.center_crop(TF.resize(image, short, mode), size) for mode in modes]
     x = features.view(3, size, size) * 255
@@ -743,29 +726,24 @@ def test_transfer_prints_a_table_and_names_what_is_absent(run_folder, tmp_path, 
     sgd = ["--protocol", "sgd", "--lr-sweep", 0.1, 1, "--batch-size", 6, "--epochs", 1]
     main(*argv, tmp_path / "lr", *sgd)
     assert "sgd, lr search" in capsys.readouterr().out
-    assert result(tmp_path / "lr")["rule"] == "lr search"
 
 
 # ---- wrong input ----
 
 
-def test_wrong_checkpoints_are_refused(run_folder, encoders, tmp_path, capsys, monkeypatch):
+def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = (run_folder / "backbone.pth").read_bytes()
     Path("part.pth").write_bytes(whole[: len(whole) // 2])
     header = b'{"conv1.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
 
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/ran",)
-
-    save, state = torch.save, torch.load(run_folder / "backbone.pth", weights_only=True)
+    save, state = torch.save, tiny
     save({"weight": torch.zeros(10, 128), "bias": torch.zeros(10)}, "head.pth")
     save({"epoch": 1}, "none.pth")
     save([torch.zeros(3)], "list.pth")
     save({"student": {}, "args": argparse.Namespace(lr=1)}, "dino.pth")
-    save({"conv1.weight": Evil()}, "evil.pth")
+    save({"conv1.weight": Bomb()}, "evil.pth")
     save(state | {"bn1.bias": state["bn1.bias"] * math.nan}, "nan.pth")
     save({k: 0 * v for k, v in state.items()}, "zero.pth")
     save({k: v.char() for k, v in state.items()}, "int8.pth")
@@ -788,23 +766,20 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tmp_path, capsys, m
         "last2.pt": "None.py is not beside", "last3.pt": "of another version",
         "other": 'Unexpected key(s) in state_dict: "layer1.1.',
     }.items():
-        assert words in refuse(capsys, name, "--data", "demo", "--out", "out", *flags("knn")), name
+        assert words in refuse(name, "--data", "demo", "--out", "out", *flags("knn")), name
         shutil.rmtree("out", ignore_errors=True)
-    assert not Path("ran").exists() and not Path("runs").exists()
+    assert not Path("exploded").exists() and not Path("runs").exists()
 
 
-def test_wrong_flags_and_data_are_refused_before_work(run_folder, tmp_path, capsys, monkeypatch):
+def test_wrong_flags_and_data_are_refused_before_work(run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    picture(tmp_path / "loose" / "1.png")
-    for i in range(12):
-        picture(tmp_path / "one" / "train" / "cat" / f"{i}.png", i)
     broken = sorted(class_tree(tmp_path / "broken", 60).rglob("*.png"))[4]
     broken.write_bytes(broken.read_bytes()[:60])
 
     for argv, words in {
         "--data nowhere": "--data nowhere: ", "--data cifar10": "add --download",
-        "--transfer food101 --data-root d": "add --download", "--data loose": "no labels",
-        "--transfer birdsnap --data-root d": "into d/birdsnap", "--data one": "no labels",
+        "--transfer food101 --data-root d": "add --download", "--data broken/class0": "no labels",
+        "--transfer birdsnap --data-root d": "into d/birdsnap",
         "--data broken": f"1 unreadable image(s), such as {broken.relative_to(tmp_path)}",
         "--transfer dtd birdsnap --data-root d": "dtd is not in d/",  # of all, in one line
         "--protocol knn --knn-k 55": "--knn-k 55 needs as many training images",
@@ -816,58 +791,51 @@ def test_wrong_flags_and_data_are_refused_before_work(run_folder, tmp_path, caps
         "--lrr 3": "unrecognized", "--std 0 2 1": "is not in", "--epochs 0": "is not in",
         "--nproc 2 --device tpu": "invalid choice",
     }.items():
-        assert words in refuse(capsys, run_folder, *argv.split(), "--workers", 0), argv
-    written = {p.name for p in tmp_path.iterdir()} - {"loose", "one", "broken"}
-    assert not written, written
+        assert words in refuse(run_folder, *argv.split(), "--workers", 0), argv
+    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
-def test_a_learning_rate_too_large_is_no_result(run_folder, tmp_path, capsys, monkeypatch):
+def test_a_learning_rate_too_large_is_no_result(run_folder, tmp_path, monkeypatch):
     """Weights after the last step: the loss of an epoch of one step is measured before it."""
     sizes = "--batch-size", 48, "--epochs", 1, "--lr", 3, "--out", tmp_path
     monkeypatch.setattr(probe, "lr_factor", lambda *a: math.nan)
-    message = refuse(capsys, run_folder, *flags("sgd"), *sizes)
+    message = refuse(run_folder, *flags("sgd"), *sizes)
     assert "not finite, after epoch 1: try a tenth of --lr 3.0" in message
     assert not list(tmp_path.glob("*.pt")) and not json.loads(
         (tmp_path / "result.json").read_text())["results"]
 
 
 @pytest.mark.parametrize("protocol", ["knn", "sgd"])
-def test_an_unreadable_image_stops_the_probe(protocol, run_folder, tmp_path, capsys):
+def test_an_unreadable_image_stops_the_probe(protocol, run_folder, tmp_path):
     """Its place would be taken by another image under its label. Images of several sizes are read
     on the way."""
     folder = class_tree(tmp_path / "mixed", 60, sizes=(20, 24, 31))
     broken = sorted(folder.rglob("*.png"))[4]
     broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(SystemExit) as stopped:
-        main(run_folder, "--data", folder, *flags(protocol), "--out", tmp_path / "out")
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and str(broken) in err and "repair or remove" in err
+    argv = [run_folder, "--data", folder, *flags(protocol), "--out", tmp_path / "out"]
+    code, said = call("linear_probe", argv)
+    assert code == 2 and str(broken) in said and "repair or remove" in said
 
 
-def test_out_of_another_probe_is_left_alone(run_folder, tmp_path, capsys):
-    argv = [run_folder, *FLAGS, "--protocol", "knn", "--out", tmp_path]
-    (tmp_path / "mine.pt").write_text("a user's own file")
+def test_out_of_another_probe_is_left_alone(run_folder, tmp_path):
+    """Of other images too, known by their names, as a run's: not by the spelling of the path."""
+    moved = sorted(class_tree(tmp_path / "images", 60).glob("*/*.*"))[0]
+    moved.rename(moved.with_name("new.png"))
+    argv = [run_folder, *FLAGS, "--protocol", "knn", "--out", out := tmp_path / "out"]
+    out.mkdir()
+    (out / "mine.pt").write_text("a user's own file")
     main(*argv, "--knn-k", 5)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert "weights" in refuse(capsys, *argv, "--knn-k", 5, "--untrained")
-    assert "knn_k [5] there, [3] here" in refuse(capsys, *argv, "--knn-k", 3)
-    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    main(*argv, "--knn-k", 3, "--overwrite")
-    assert result(tmp_path)["knn"].keys() == {"3"} and (tmp_path / "mine.pt").exists()
-    for more in ([], ["--overwrite"]):  # a run's folder least of all
-        assert "holds no probe" in refuse(capsys, *argv[:-1], run_folder, "--knn-k", 5, *more)
-    assert (run_folder / "last.pt").exists()
-
-
-def test_a_probe_knows_its_images(run_folder, tmp_path, monkeypatch, capsys):
-    """By their names, as a run does: not by the spelling of the path."""
-    monkeypatch.chdir(tmp_path)
-    class_tree(tmp_path / "x", 40)
-    main(run_folder, *flags("knn"), "--data", "x", "--out", "a")
-    main(run_folder, *flags("knn"), "--data", "./x/", "--out", "a")
-    moved = sorted(Path("x").glob("*/*.*"))[0]
-    moved.rename(moved.with_name("new" + moved.suffix))
+    main(*argv, "--knn-k", 5, "--data", f"{run_folder.parent}/./images/")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert "weights" in refuse(*argv, "--knn-k", 5, "--untrained")
+    assert "knn_k [5] there, [3] here" in refuse(*argv, "--knn-k", 3)
     assert "holds another probe (other images of " in refuse(
-        capsys, run_folder, *flags("knn"), "--data", "x", "--out", "a")
+        *argv, "--knn-k", 5, "--data", tmp_path / "images")
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+    main(*argv, "--knn-k", 3, "--overwrite")
+    assert result(out)["knn"].keys() == {"3"} and (out / "mine.pt").exists()
+    for more in ([], ["--overwrite"]):  # a run's folder least of all
+        assert "holds no probe" in refuse(*argv[:-1], run_folder, "--knn-k", 5, *more)
+    assert (run_folder / "last.pt").exists()
 
 

@@ -4,6 +4,7 @@ float64: there, what is equal is equal to 1e-9 on every machine, and rounding de
 import importlib
 import os
 import signal
+from unittest import mock
 
 import pool as helper
 import pytest
@@ -147,22 +148,18 @@ def disturbed(method, line, stop=None, deaf=None, dropout=0.0):
     """A run with dropout, as someone may add it, in which a process (of two, the other than deaf)
     gets SIGTERM in the middle of a step. Its exit code, and the global generator's seeds."""
     script, me, seeds = importlib.import_module(method), int(os.environ.get("RANK", 0)), []
-    lr_factor, over_crops = script.lr_factor, script.over_crops
 
-    def hit(step, *args):
+    def hit(step, *args, lr_factor=script.lr_factor):
         if step == stop and me != deaf:
             os.kill(os.getpid(), signal.SIGTERM)
         return lr_factor(step, *args)
 
-    def dropping(loss, z_src, z_tgt):
+    def dropping(loss, z_src, z_tgt, over_crops=script.over_crops):
         seeds.append(torch.initial_seed())
         return over_crops(loss, [F.dropout(z, dropout) for z in z_src], z_tgt)
 
-    script.lr_factor, script.over_crops = hit, dropping
-    try:
+    with mock.patch.multiple(script, lr_factor=hit, over_crops=dropping):
         return helper.call(method, line)[0], seeds
-    finally:
-        script.lr_factor, script.over_crops = lr_factor, over_crops
 
 
 @pytest.mark.parametrize("method, flags", [

@@ -12,7 +12,6 @@ import torchvision
 from pool import SCRIPTS, build, close, small_args, small_images, views_of
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.functional import normalize
 
 from common import augment, data, knn, resnet
 from common.augment import View, rng
@@ -120,7 +119,7 @@ def test_resnets_are_torchvisions_but_for_the_stem_for_small_images(script, size
     net, width = resnet.build("resnet18", size, partial(script.BatchNorm, groups=4))
     for k, x in net.named_buffers():
         if "running_" in k:
-            nn.init.uniform_(x, 0.5, 1.5, generator=rng(k))
+            nn.init.uniform_(x, ("var" in k) - 0.5, ("var" in k) + 0.5, generator=rng(k))
     theirs = torchvision.models.resnet18(weights=None)
     if size == 32:
         theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
@@ -129,7 +128,8 @@ def test_resnets_are_torchvisions_but_for_the_stem_for_small_images(script, size
     assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected and width == 512
     theirs.fc = nn.Identity()
     x = torch.randn(2, 3, size, size, generator=rng(0))
-    close(net.eval()(x), theirs.eval()(x), 1e-4, 1e-5)
+    close(z := net.eval()(x), theirs.eval()(x), 1e-4, 1e-5)
+    assert z.std() > 0.1  # all zeros would agree
     close(net.conv1.weight.std(), (2 / (64 * net.conv1.kernel_size[0] ** 2)) ** 0.5, 0.05)
 
 
@@ -186,7 +186,7 @@ def test_global_batches(n, batch):
 
 @pytest.mark.parametrize("k, temperature", [(1, 0.1), (7, 0.1), (7, 1.0), (500, 0.5)])
 def test_the_vote_is_brute_force(k, temperature, double):
-    bank, asks = (normalize(torch.randn(n, 4, generator=rng(n))) for n in (60, 1100))  # two chunks
+    bank, asks = (F.normalize(torch.randn(n, 4, generator=rng(n))) for n in (60, 1100))  # 2 chunks
     labels, truth = torch.arange(60) % 3, torch.arange(1100) % 3
     right = 0
     for x, label in zip(asks.numpy(), truth.tolist(), strict=True):
@@ -201,7 +201,7 @@ def test_the_vote_is_brute_force(k, temperature, double):
 def test_knn_sees_whole_images_evenly_spaced(script, monkeypatch):
     net, images = build(script, small_args(script)).source.backbone.eval(), small_images(20)
     x = nn.functional.interpolate(images.pixels, 16, mode="bilinear", antialias=True)
-    z = normalize(net((x[[0, 9, 19]].float() / 255 - 0.5) / 0.25))
+    z = F.normalize(net((x[[0, 9, 19]].float() / 255 - 0.5) / 0.25))
     monkeypatch.setattr(knn, "BANK", 3)
     monkeypatch.setattr(knn, "QUERIES", 5)
     monkeypatch.setattr(knn, "vote", lambda bank, queries: (*bank, queries[1]))

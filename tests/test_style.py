@@ -53,15 +53,13 @@ def test_the_method_comes_first_and_the_budgets_hold(path):
     assert count["bytes"] <= 1000 * KILOBYTES and len(vit.encode()) <= 1000 * VIT_KILOBYTES, count
 
 
-def test_the_other_budgets_hold():
+def test_the_other_budgets_hold_and_no_line_is_wider_than_the_width():
+    for path in CODE:
+        lines = path.read_text().splitlines()
+        assert not [f"{path.name}:{i}" for i, x in enumerate(lines, 1) if len(x) > WIDTH]
     count = {path.name: length(path) for path in EVALUATION} | {"common": length(*COMMON)}
     count["tests"] = length(*(ROOT / "tests").glob("*.py"))  # without study/ and bench/
     assert not {k: f"{n} of {LINES[k]}" for k, n in count.items() if n > LINES[k]}
-
-
-@pytest.mark.parametrize("path", CODE, ids=lambda p: p.name)
-def test_no_line_is_wider_than_the_width(path):
-    assert not [i for i, x in enumerate(path.read_text().splitlines(), 1) if len(x) > WIDTH]
 
 
 @pytest.mark.parametrize("pair", DIFF, ids="/".join)
@@ -74,11 +72,8 @@ def test_siblings_differ_by_their_methods_only(pair):
     assert changed <= DIFF[pair]
 
 
-def test_shared_blocks_are_identical():
+def test_shared_blocks_are_identical_and_sync_mends_what_differs(tmp_path):
     assert not sync.differences({path.name: path.read_text() for path in SCRIPTS})
-
-
-def test_sync_finds_and_mends_what_differs(tmp_path):
     text = SCRIPTS[0].read_text()
     block, networks = (sync.blocks(text)[f"shared: {name}"] for name in ("a step", "networks"))
     (tmp_path / "a_asym.py").write_text(text)
@@ -97,12 +92,14 @@ def test_sync_finds_and_mends_what_differs(tmp_path):
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda p: p.name)
-def test_every_import_is_allowed_and_every_definition_used(path):
+def test_every_import_is_allowed_and_every_definition_and_flag_used(path):
     allowed = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "common"}
     allowed |= {"PIL"} if path in COMMON else set()
     allowed |= {p.stem for p in SCRIPTS} if path in EVALUATION else set()
     allowed |= {"matplotlib", "scipy"} if path not in SCRIPTS else set()  # imported where needed
     texts = [p.read_text() for p in (CODE if path in COMMON else [path])]
+    for flag in vars(importlib.import_module(path.stem).parse_args([])) if path in SCRIPTS else ():
+        assert re.search(rf"\bargs\.{flag}\b", texts[0]), f"--{flag} is parsed and never used"
     called = {"forward", "backward", "main"}  # by torch; by the last line
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -111,13 +108,6 @@ def test_every_import_is_allowed_and_every_definition_used(path):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("__"):
             uses = sum(len(re.findall(rf"\b{node.name}\b", text)) for text in texts)
             assert uses > 1 or node.name in called, f"{node.name} is defined and never used"
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_every_flag_is_used(path):
-    text = path.read_text()
-    for flag in vars(importlib.import_module(path.stem).parse_args([])):
-        assert re.search(rf"\bargs\.{flag}\b", text), f"--{flag} is parsed and never used"
 
 
 def commands():
