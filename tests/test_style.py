@@ -23,7 +23,7 @@ NAMES = {p.stem for p in [*SCRIPTS, *EVALUATION]}
 # where the ceilings below are higher, they may only come down.
 SCRIPT, VIT, METHOD = 797, 100, 185  # lines; VIT comes on top of mocov3's
 KILOBYTES, VIT_KILOBYTES = 42, 5
-LINES = {"linear_probe.py": 686, "variance_ref.py": 400, "common": 1227, "tests": 4170}
+LINES = {"linear_probe.py": 686, "variance_ref.py": 400, "common": 1227, "tests": 4160}
 WIDTH = 100
 DIFF = {("mocov3", "byol"): 60, ("byol", "simsiam"): 60, ("simclr", "barlow"): 90}  # side by side
 
