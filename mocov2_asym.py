@@ -270,7 +270,7 @@ class SyncNorm(torch.autograd.Function):
         var = variances.mean(0) + means.var(0, correction=0)
 
         ctx.n, ctx.eps = x.numel() // x.shape[1] * world_size(), eps
-        ctx.save_for_backward(x, weight, mean, var)
+        ctx.save_for_backward(x, one if weight is None else weight, mean, var)
         running_mean.lerp_(mean, momentum)
         running_var.lerp_(var * ctx.n / (ctx.n - 1), momentum)
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)
@@ -278,19 +278,19 @@ class SyncNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, mean, var = ctx.saved_tensors
-        w, invstd = torch.ones_like(mean) if weight is None else weight, (var + ctx.eps).rsqrt()
+        invstd = (var + ctx.eps).rsqrt()
+        # a GPU's kernel wants a weight, and the statistics twice
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, w, mean, var, mean, invstd, False, ctx.eps, [True, True, True])
+            grad, x, weight, mean, var, mean, invstd, False, ctx.eps, [True, True, True])
 
-        # That held mean and var constant: dx = w invstd dy. As they move with x, it is
-        # w invstd (dy - mean(dy) - x' mean(dy x')), x' = (x - mean) invstd, means over all.
-        sums = all_sum(torch.stack([dbias, dweight * invstd]))
-        constant, slope = sums * w * invstd / ctx.n
+        # That held mean and var constant: dx = weight invstd dy. As they move with x, it is
+        # weight invstd (dy - mean(dy) - x' mean(dy x')), x' = (x - mean) invstd, means over all.
+        constant, slope = all_sum(torch.stack([dbias, dweight * invstd])) * weight * invstd / ctx.n
         shape = 1, -1, *[1] * (x.ndim - 2)
         dx = torch.addcmul(dx, x, slope.to(x.dtype).view(shape), value=-1)
         dx -= (constant - slope * mean).to(x.dtype).view(shape)
-
-        dweight, dbias = (dweight, dbias) if weight is not None else (None, None)
+        if not ctx.needs_input_grad[3]:  # without weight and bias
+            dweight = dbias = None
         return dx, None, None, dweight, dbias, None, None, None
 
 

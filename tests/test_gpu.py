@@ -1,11 +1,11 @@
-"""On a GPU, if there is one, a run is that of a CPU, and NCCL with one process changes nothing: in
-float64, where rounding decides nothing. No step waits for it. SyncBN: tests/test_shared.py."""
+"""On a GPU, if there is one, a run is that of a CPU: in float64, where rounding decides nothing. No
+step waits for it. SyncBN: tests/test_shared.py."""
 
 import importlib
 
 import pytest
 import torch
-from pool import SCRIPTS, build, call, class_tree, free_port, small_args, small_images
+from pool import SCRIPTS, build, call, class_tree, small_args, small_images
 from test_processes import ORIGINAL, OTHER, PREFERRED, argv, same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -15,21 +15,18 @@ CASES += [("mocov3_asym", "--arch vit_tiny --multicrop-src")]
 
 
 @pytest.mark.parametrize("script, flags", CASES)
-def test_a_run_is_that_of_a_cpu_and_of_nccl(script, flags, tmp_path, double, monkeypatch):
+def test_a_run_is_that_of_a_cpu(script, flags, tmp_path, double):
     images = class_tree(tmp_path / "images", 48, sizes=(20, 24, 31))
-    for out in ("cpu", "cuda", "nccl"):
-        if out == "nccl":
-            launched = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_PORT=free_port())
-            for name, value in (launched | {"MASTER_ADDR": "127.0.0.1"}).items():
-                monkeypatch.setenv(name, str(value))
-        more = f"--steps 2 --workers 1 --amp off --device {out.replace('nccl', 'cuda')}"
-        assert call(script, argv(script, images, tmp_path / out, f"{flags} {more}")) == (0, "")
-        same(tmp_path / "cpu", tmp_path / out)
+    for device in ("cpu", "cuda"):
+        more = f"--steps 2 --workers 1 --amp off --device {device}"
+        assert call(script, argv(script, images, tmp_path / device, f"{flags} {more}")) == (0, "")
+    same(tmp_path / "cpu", tmp_path / "cuda")
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("script, flags", CASES)
-def test_a_step_in_bf16_is_near_float32_and_never_waits(script, flags):
+def test_a_step_in_bf16_is_near_float32_and_never_waits(script, flags, request):
+    request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     module, losses = importlib.import_module(script), []
     for amp in ("off", "bf16"):
         args = small_args(module, f"{flags} --batch-size 64")

@@ -89,18 +89,19 @@ def test_no_copy_of_a_step_waits_for_the_device(script, flags, monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))])
 @pytest.mark.parametrize("kind, limit", [(torch.float64, 1e-9), (torch.bfloat16, 0.03)])
-@pytest.mark.parametrize("shape", [(24, 6), (24, 6, 2, 2)])
+@pytest.mark.parametrize("shape, layout", [
+    ((24, 6), torch.contiguous_format), ((24, 6, 2, 2), torch.contiguous_format),
+    ((24, 6, 2, 2), torch.channels_last)])
 @pytest.mark.parametrize("affine", [True, False])
-def test_synchronised_batch_norm_of_one_process_is_torchs(script, affine, shape, kind, limit,
-                                                          device, monkeypatch):
+def test_synchronised_batch_norm_of_one_process_is_torchs(
+        script, affine, shape, layout, kind, limit, device, monkeypatch):
     """On a GPU too, whose kernel wants all arguments. Of two and four: tests/test_processes.py."""
     kernel = torch.ops.aten.native_batch_norm_backward
     complete = lambda *a: kernel(*a) if all(x is not None for x in a) else pytest.fail("None")
     monkeypatch.setattr(torch.ops.aten, "native_batch_norm_backward", complete)
     precision, found = torch.float64 if kind == torch.float64 else torch.float32, []
     x, g = torch.randn(2, *shape, generator=rng("x")).to(device, kind)
-    if len(shape) == 4:
-        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    x, g = (t.contiguous(memory_format=layout) for t in (x, g))
     for norm in (script.SyncNorm.apply, F.batch_norm):
         stats = torch.zeros(6, dtype=precision, device=device), torch.ones(6).to(device, precision)
         params = [torch.rand(6, generator=rng(k)).to(device, precision) for k in "wb" * affine]

@@ -20,7 +20,8 @@ NAMES = {p.stem for p in [*SCRIPTS, *EVALUATION]}
 
 # A budget that is exceeded asks for a feature less, not for code moved where nobody will find it.
 # The aims are 760 lines and 42 kB for a script, 600 for the probe, 930 for common/, 4,000 for tests:
-# where the ceilings below are higher, they may only come down.
+# where the ceilings below are higher, they may only come down. (common/ has code_digest() since six
+# scripts had it.)
 SCRIPT, VIT, METHOD = 797, 100, 185  # lines; VIT comes on top of mocov3's
 KILOBYTES, VIT_KILOBYTES = 42, 5
 LINES = {"linear_probe.py": 686, "variance_ref.py": 400, "common": 1227, "tests": 4160}

@@ -198,7 +198,7 @@ def report(name, cells, table, runs, stem, args):
     correlations(cells, runs)
     mine = {key(c, s): runs[key(c, s)] for c in cells for s in seeds_of(c, runs)}
     versions = " and ".join(dict.fromkeys(str(r.get("commit")) for r in mine.values()))
-    print(f"\n{len(mine)} runs, {sum(r['seconds'] for r in mine.values()) / 3600:.1f} hours of one thread with the probes; scripts of commit {versions}\n")
+    print(f"\n{len(mine)} runs, {sum(r['seconds'] for r in mine.values()) / 3600:.1f} hours of runs and probes, added up; scripts of commit {versions}\n")
     draw(name, cells, table, each["linear"], runs, stem, args)
 
 

@@ -134,7 +134,8 @@ def variances_on_baseline(cell, seed, args):
     flags = script.parse_args(shlex.split(command(cell, seed, args.recipe, args.data))[1:])
     flags.workers = 0
     model = script.Method(flags)
-    model.load_state_dict(torch.load(folder(cell.script, cell.base, seed, args) / "last.pt", weights_only=True)["model"])
+    last = folder(cell.script, cell.base, seed, args) / "last.pt"
+    model.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["model"])
     model.target.load_state_dict(model.source.state_dict())
     images, _, _ = data.load(flags.data, flags.data_root)
     with torch.no_grad():
