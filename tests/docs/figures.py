@@ -174,8 +174,9 @@ def claim():
         means = report.cell_means(report.claim(cells, runs, "base"))
         panels[title] = [(*p, found[p[2]].se) for p in means]
 
-    figure = Figure(figsize=(18, 6))
-    axes = figure.subplots(1, len(panels))
+    figure = Figure(figsize=(13, 11))
+    *axes, rest = figure.subplots(2, 2).flat
+    rest.axis("off")
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
         rho = report.rank_correlation([p[:3] for p in points])[0]
         for x, y, c, error in points:
@@ -187,12 +188,11 @@ def claim():
         axis.set_xlim(left, right + 0.28 * (right - left))  # room for names
         axis.set(title=f"{title}\nrank correlation {rho:+.2f} of {len(points)} cells",
                  xlabel="log(v_tgt / v_src); left: the target varies less than the source")
-    axes[0].set_ylabel("change of the linear probe, points")
-    axes[1].set_ylabel("the same, with standard errors")
+        axis.set_ylabel("change of the linear probe, points")
     figure.tight_layout()
     for axis, points in zip(axes, panels.values(), strict=True):
         label(axis, [(x, y, name_of(c), f"C{rows.index(c.row)}") for x, y, c, _ in points])
-    figure.savefig(DOCS / "claim.png", dpi=90)
+    figure.savefig(DOCS / "claim.png", dpi=100)
 
 
 def name_of(cell):
