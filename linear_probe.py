@@ -232,8 +232,6 @@ def load_task(args, name, download=False):
     if train is None or len(train.classes) < 2 or len(train) < 10:
         raise data.DataError(f"{name} has no labels to learn, or less than ten images; give a "
                              "folder with train/CLASS/ and val/CLASS/")
-    if bad := sorted({*train.bad, *test.bad}):
-        raise data.DataError(f"{len(bad)} unreadable image(s), such as {bad[0]}: remove them")
 
     n = len(train)
     held_out = target.held_out if target and target.held_out < n / 2 else n // 10
@@ -546,6 +544,7 @@ def probe(args, net, backbone):
         load_tasks(args, download=True)
     barrier()
     tasks, absent = load_tasks(args)
+    refuse_unreadable()
     resolve(args, tasks)
     seen = {name: [t.images.names, t.test_images.names] for name, t in tasks.items()}
     about = {**vars(args), **backbone, "torch": torch.__version__, "images": seen}

@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -131,7 +130,7 @@ class MoCoV2(nn.Module):
         queue = self.queue.clone()  # backward needs these keys, and the new ones overwrite some
         loss = over_crops(partial(self.info_nce, queue=queue), z_src, z_tgt)
         self.enqueue(gather(z_tgt[0]))  # one key per image, from its large views
-        return loss, {"std_src": spread(z_src[0]), "std_tgt": spread(z_tgt[0])}
+        return loss, spread(z_src[0], z_tgt[0])
 
     def info_nce(self, z_src, z_tgt, queue):
         """Cross-entropy of the positive among 1 + K logits. Unit vectors z_src (n, d), z_tgt
@@ -343,12 +342,14 @@ def over_crops(loss, z_src, z_tgt):
     return total
 
 
-def spread(z):
-    """Standard deviation per channel of unit vectors z (n, d) over the global batch, times sqrt(d):
-    near 1 if they fill the sphere, 0 if they have collapsed."""
-    n, z = len(z) * world_size(), z.detach()
-    centred = z - all_sum(z.sum(0)) / n
-    return (all_sum(centred.square().sum(0)) / (n - 1)).sqrt().mean() * z.shape[1] ** 0.5
+def spread(z_src, z_tgt):
+    """Standard deviation per channel of encodings (n, d), as unit vectors, over the global batch,
+    times sqrt(d): near 1 if they fill the sphere, 0 if they have collapsed."""
+    z = F.normalize(torch.stack([z_src, z_tgt]).detach(), dim=2)
+    n, d = z.shape[1] * world_size(), z.shape[2]
+    mean, square = all_sum(torch.stack([z.sum(1), z.square().sum(1)])) / n  # one exchange for all
+    std = ((square - mean.square()).clamp(min=0) * n / (n - 1)).sqrt().mean(1) * d**0.5
+    return {"std_src": std[0], "std_tgt": std[1]}
 
 
 def lr_factor(step, total, warmup):
@@ -472,8 +473,9 @@ def train(args, about, model, sets, device):
     since, waited, logged = time.time(), 0.0, first
     asked = since
 
-    # keep no other reference to views(): every exit would wait for its workers
-    for step, ((src, tgt), generator) in enumerate(views(args, sets[0], batches, device), first):
+    # keep no other reference to the stream: every exit would wait for its workers
+    for step, ((src, tgt), generator) in enumerate(data.stream(
+            sets[0], plan_views(args), batches, args.seed, mine(), args.workers, device), first):
         waited += time.time() - asked
         torch.manual_seed(rng(args.seed, "step", step, rank()).initial_seed())  # for dropout, say
         factor, m = lr_factor(step, total, warmup), model.momentum(step / total)
@@ -504,12 +506,6 @@ def train(args, about, model, sets, device):
             say(f"saved step {done}; the same command continues")
             raise SystemExit(128 + stop)
         asked = time.time()
-
-
-def views(args, images, batches, device):
-    """This process's share of what plan_views() plans, and a generator, for each of batches."""
-    plan = plan_views(args)
-    return data.stream(images, plan, batches, args.seed, rank(), world_size(), args.workers, device)
 
 
 # ============================================================================== shared: monitor
@@ -549,7 +545,8 @@ def variances(args, model, images, device):
     batches = [(f"variance {i}", rows) for i, rows in enumerate(chosen[order].split(n))]
 
     z_src, z_tgt = [], []  # for each batch, this process's (., views, d)
-    for (src, tgt), generator in views(args, images, batches, device):
+    for (src, tgt), generator in data.stream(
+            images, plan_views(args), batches, args.seed, mine(), args.workers, device):
         z_src.append(torch.stack(model.source(src, track=False), 1))
         shuffle = generator if model.shuffle else None
         z_tgt.append(torch.stack(model.target(tgt, shuffle, track=False), 1))
@@ -651,7 +648,7 @@ def launch(args, work):
     if args.nproc == 1:
         return guarded(work, args)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.spawn(child, (work, args, store.port), args.nproc, join=False)
+    context = torch.multiprocessing.spawn(child, (work, args, store.port), args.nproc, join=False)
 
     def pass_on(signum, frame):  # they save and exit, and this process waits
         for process in context.processes:
@@ -663,7 +660,7 @@ def launch(args, work):
     try:
         while not context.join():
             pass
-    except mp.ProcessExitedException as e:  # it has said why; a negative code is a signal's
+    except torch.multiprocessing.ProcessExitedException as e:  # it has said why; below 0: a signal
         raise SystemExit(e.exit_code if e.exit_code > 0 else 128 - e.exit_code) from None
 
 
@@ -708,7 +705,6 @@ def work(args):
         for split in filter(None, sets):
             split.stats = data.RAW
     images, n, batch = sets[0], len(sets[0]), args.batch_size
-    images.report(images.bad if rank() == 0 else ())
     check(batch <= n, f"--batch-size {batch} is more than the {n} images of {args.data}; use less")
 
     about = {"method": METHOD, "format": 3, "code": code_digest(__file__), "images": n,

@@ -110,7 +110,7 @@ def encoding_sums(script, args, weights, which, images, views, device):
     script.fit(encoder, weights, args.checkpoint)
     src, tgt = script.plan_views(args)
     bags = {"large": src[:1], "small": src[1:], "both": src, "target": tgt[:1]}[which]
-    n, total, place = args.batch_size, len(images), (script.rank(), script.world_size())
+    n, total, part = args.batch_size, len(images), script.mine()
     sums = torch.zeros(total, args.dim)
 
     for view in range(views):
@@ -118,11 +118,11 @@ def encoding_sums(script, args, weights, which, images, views, device):
         batches = torch.cat([order, order[:-total % n]]).split(n)  # the last is full, for its BN
         steps = [(f"variance {view} {i}", rows) for i, rows in enumerate(batches)]
         plan = [[bags[view % len(bags)]]]  # a side with a bag
-        stream = data.stream(images, plan, steps, args.seed, *place, args.workers, device)
+        stream = data.stream(images, plan, steps, args.seed, part, args.workers, device)
         for i, ([[bag]], _) in enumerate(stream):
             [z] = encoder([bag], track=False)
-            new = (torch.arange(n) < total - i * n)[script.mine()]  # what fills up does not count
-            sums[batches[i][script.mine()][new]] += F.normalize(z).cpu()[new]
+            new = (torch.arange(n) < total - i * n)[part]  # what fills up does not count
+            sums[batches[i][part][new]] += F.normalize(z).cpu()[new]
     return script.all_sum(sums)
 
 
@@ -353,7 +353,6 @@ def work(args):
         say(f"note: {run.method}.py or common/ changed since {args.checkpoint} was trained")
     images = [x for x in data.load(run.data, run.data_root) if x is not None][-1]
     images.stats = run.mean, run.std
-    images.report(images.bad if script.rank() == 0 else ())
     if args.images:
         images = images[torch.linspace(0, len(images) - 1, min(args.images, len(images))).long()]
     n, method = run.batch_size, script.Method.__name__

@@ -57,7 +57,6 @@ class Images:
     classes: tuple = ()
     stats: tuple = IMAGENET  # mean and standard deviation per channel
     left: tuple = ()  # what is left out of files and folders, in words
-    bad: tuple = ()  # paths found unreadable in loading; of those to train on, val's too
     names: str = ""  # of the set, or a digest: by it a run that continues knows its data again
 
     def __len__(self):
@@ -157,7 +156,6 @@ def load(name, root="data", download=False):
                             f"in {show(odd)}; make them equal, or move {queries}/ away")
         sets, knn = (images, images, val), f"kNN queries: the {len(val)} of {queries}"
         left += [f"in {queries}: {what}" for what in val.left]
-        images.bad += val.bad
     elif images.classes and len(images) >= 10:
         tenth = torch.randperm(len(images), generator=rng("queries")) % 10 == 9
         sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: a tenth of these"
@@ -350,8 +348,9 @@ def in_memory(images):
         pixels, rows = zip(*pool.map(images.decode, range(len(images))), strict=True)
     if len({x.shape for x in pixels}) > 1:
         return images
-    bad = tuple(os.fsdecode(images.paths[i]) for i, row in enumerate(rows) if i != row)
-    return replace(images[rows], pixels=torch.stack(pixels), bad=bad)
+    if os.environ.get("RANK", "0") == "0":
+        images.report([images.paths[i] for i, row in enumerate(rows) if i != row])
+    return replace(images[rows], pixels=torch.stack(pixels))
 
 
 def draw_demo(n, seed, size=32):
@@ -455,11 +454,10 @@ def global_batches(n, batch, seed, first, last):
         yield step, order[i * batch : (i + 1) * batch]
 
 
-def stream(images, plan, steps, seed, rank, world, workers, device):
-    """Yields, for each (step, rows of the global batch) in steps, this process's share as views on
-    the device, arranged as in the plan, and the generator that drew them from (seed, step)."""
+def stream(images, plan, steps, seed, part, workers, device):
+    """Yields, for each (step, rows of the global batch) in steps, a slice of them as views on the
+    device, arranged as in the plan, and the generator that drew them from (seed, step)."""
     steps, ahead = itertools.tee(steps)
-    part = slice(rank, None, world)
     batches = crop(images, crops_of(plan), ahead, seed, part, workers, device)
     for (step, rows), crops in zip(steps, batches, strict=True):
         generator = rng(seed, "views", step)
@@ -528,7 +526,7 @@ def begin_worker(worker):
 def show_views(path, images, plan, seed):
     """Draws the first eight images: in a row each, the source's views, white, the target's."""
     steps, plain = [(0, torch.arange(min(8, len(images))))], replace(images, stats=RAW)
-    ((sides, _),) = stream(plain, plan, steps, seed, 0, 1, 0, "cpu")
+    ((sides, _),) = stream(plain, plan, steps, seed, slice(None), 0, "cpu")
     columns, edge = [], plan[0][0][0].size
     for bags in sides:
         for x in sum(bags, []):

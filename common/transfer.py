@@ -1,5 +1,4 @@
-"""Table 4's data sets, and its metrics. A loader, of (root, download), yields Images: train, val if
-any, test."""
+"""Table 4's data sets and metrics. Loaders of (root, download) yield Images: train, (val,) test."""
 
 import os
 from collections import namedtuple
@@ -93,7 +92,6 @@ def map11(logits, labels):
 
 
 METRICS = {"top-1": top1, "mean per class": mean_per_class, "11-point mAP": map11}
-
 
 # paper: its result in per cent. held_out: so many of train's images BYOL held out to choose by; 0:
 # there is a val split. load None: data.load() does it. where: how to get the images.

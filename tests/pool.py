@@ -61,7 +61,9 @@ def build(script, args):
 def views_of(script, args):
     """A step's views, as the training loop makes them, and the generator for the forward pass."""
     batches = [(0, torch.arange(args.batch_size))]
-    (src, tgt), generator = next(script.views(args, small_images(), batches, torch.device("cpu")))
+    stream = script.data.stream(
+        small_images(), script.plan_views(args), batches, args.seed, slice(None), 0, "cpu")
+    (src, tgt), generator = next(stream)
     return src, tgt, generator
 
 

@@ -279,8 +279,10 @@ def test_broken_files_are_replaced_by_the_next_named_and_counted(tmp_path, monke
         path.write_bytes(path.read_bytes()[:-200])
     rows = torch.tensor([0, 1, 3, 3, 4, 7, 7, 7, 8, 0])
     want = torch.from_numpy(pixels)[rows].permute(0, 3, 1, 2)
+    monkeypatch.setattr(Images, "unreadable", 0)
     memory = load(str(tmp_path))[0]
-    assert torch.equal(memory.pixels, want) and list(memory.bad) == list(map(str, broken))
+    assert torch.equal(memory.pixels, want) and Images.unreadable == 4
+    at_start = capfd.readouterr().err.splitlines()
 
     monkeypatch.setattr(data, "IN_MEMORY", 0)
     monkeypatch.setattr(Images, "unreadable", 0)
@@ -290,6 +292,7 @@ def test_broken_files_are_replaced_by_the_next_named_and_counted(tmp_path, monke
     said = capfd.readouterr().err.splitlines()
     assert crops.shape == (10, 3, 24, 24) and Images.unreadable == len(said) == 4
     why = "UnidentifiedImageError", "UnidentifiedImageError", "truncated", "truncated"
+    assert at_start == said
     for line, path, reason in zip(said, broken, why, strict=True):
         assert str(path) in line and reason in line
 
@@ -366,7 +369,7 @@ def test_a_stream_does_not_depend_on_workers_nor_on_its_first_step(both, kind):
     """Nor on the number of processes: tests/test_processes.py."""
     def run(first=0, workers=0, seed=3):
         plan, images = [[VIEWS[:2]], [VIEWS[2:]]], both[kind]
-        stream = data.stream(images, plan, steps(first), seed, 0, 1, workers, "cpu")
+        stream = data.stream(images, plan, steps(first), seed, slice(None), workers, "cpu")
         return [[*src[0], *tgt[0]] for (src, tgt), _ in stream]
 
     same = lambda a, b: all(all(map(torch.equal, p, q)) for p, q in zip(a, b, strict=True))
@@ -452,7 +455,7 @@ def test_show_views(tmp_path):
     images, file = Images(torch.randint(256, (3, 3, 16, 16)).byte(), stats=data.HALF), "views.png"
     plan = [[[view(16, (1.0, 1.0))], [view(8, (1.0, 1.0))]], [[view(16, (0.5, 0.6))]]]
     data.show_views(tmp_path / file, images, plan, 0)
-    ((src, tgt), _) = next(data.stream(images, plan, [(0, torch.arange(3))], 0, 0, 1, 0, "cpu"))
+    ((src, tgt), _) = next(data.stream(images, plan, [(0, torch.arange(3))], 0, slice(None), 0, "cpu"))
     grid = read_image(tmp_path / file) / 255  # a pixel became six by six; two between the tiles
     assert (grid[:, :, 198:294] == 1).all() and (grid[:, :, 148:194] == 1).all()  # beside views
     for column, x in ((0, src[0][0]), (1, src[1][0]), (3, tgt[0][0])):
@@ -524,6 +527,6 @@ def test_real_images(tmp_path, archive):
         tar.extractall(tmp_path, itertools.islice(files, 8), filter="data")
     name, large = str(next(tmp_path.iterdir())), archive.startswith("imagenet")
     images, rows = load(name)[0], torch.arange(8)
-    assert (images.pixels is None) == (data.image_size(name) > 64) == large and not images.bad
+    assert (images.pixels is None) == (data.image_size(name) > 64) == large and not Images.unreadable
     crop = lambda w: data.crop(images, VIEWS, [(0, rows)], 0, slice(None), w, "cpu")
     assert all(torch.equal(a, b) and a.std() > 0.1 for a, b in zip(*crop(0), *crop(2), strict=True))

@@ -8,6 +8,8 @@ import torch
 from pool import SCRIPTS, build, call, class_tree, small_args, small_images
 from test_processes import ORIGINAL, OTHER, PREFERRED, argv, same
 
+from common import data
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CASES = [(script, flags) for script in SCRIPTS for flags in (PREFERRED, OTHER)]
 CASES += [(script, ORIGINAL) for script in list(SCRIPTS)[1:]]
@@ -34,7 +36,8 @@ def test_a_step_in_bf16_is_near_float32_and_never_waits(script, flags, request):
         model = build(module, args).to("cuda")
         optimizer = module.Method.optimizer(args, model)
         batches = ((step, torch.arange(48).repeat(2)[:64]) for step in range(3))
-        stream = module.views(args, small_images(), batches, torch.device("cuda"))
+        plan = module.plan_views(args)
+        stream = data.stream(small_images(), plan, batches, args.seed, slice(None), 0, "cuda")
         for step in range(3):  # in the first, libraries allocate what they need
             torch.cuda.set_sync_debug_mode("error" if step else "default")
             (src, tgt), generator = next(stream)

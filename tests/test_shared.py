@@ -218,13 +218,13 @@ def test_variances_are_those_of_the_encodings(script, flags, monkeypatch, double
     """Of an image's unit vectors in two passes, with other batch-mates each time: the unbiased
     variance, the mean over images and channels. Without labels there is no kNN."""
     args, images, steps = small_args(script, flags), small_images(40), []
-    model, views = build(script, args), script.views
+    model, stream = build(script, args), script.data.stream
 
-    def spy(args, images, batches, device):
+    def spy(images, plan, batches, *more):
         steps.extend(rows.tolist() for _, rows in batches)
-        return views(args, images, batches, device)
+        return stream(images, plan, batches, *more)
 
-    monkeypatch.setattr(script, "views", spy)
+    monkeypatch.setattr(script.data, "stream", spy)
     encoded = {"v_src": [], "v_tgt": []}
     for name, net in (("v_src", model.source), ("v_tgt", model.target)):
         net.register_forward_hook(lambda net, x, z, to=encoded[name]: to.append(z))

@@ -22,7 +22,8 @@ NAMES = {p.stem for p in [*SCRIPTS, *EVALUATION]}
 # The aims are 760 lines and 42 kB for a script, 600 for the probe, 930 for common/, 4,000 for tests:
 # where the ceilings below are higher, they may only come down. (common/ has code_digest() since six
 # scripts had it.)
-SCRIPT, VIT, METHOD = 797, 100, 185  # lines; VIT comes on top of mocov3's
+SCRIPT, VIT, METHOD = 760, 100, 185  # lines; VIT comes on top of mocov3's
+MORE = {"mocov3_asym.py": 24, "simclr_asym.py": 33, "barlow_asym.py": 23}  # lines over SCRIPT
 KILOBYTES, VIT_KILOBYTES = 42, 5
 LINES = {"linear_probe.py": 686, "variance_ref.py": 400, "common": 1227, "tests": 4160}
 WIDTH = 100
@@ -50,7 +51,8 @@ def test_the_method_comes_first_and_the_budgets_hold(path):
     method += "".join(b for k, b in blocks.items() if k.startswith("method: ") and b != vit)
     count = {"script": len(text.splitlines()), "ViT": len(vit.splitlines()),
              "method": len(method.splitlines()), "bytes": len(text.encode())}
-    assert count["script"] <= SCRIPT and count["ViT"] <= VIT and count["method"] <= METHOD, count
+    assert count["script"] <= SCRIPT + MORE.get(path.name, 0), count
+    assert count["ViT"] <= VIT and count["method"] <= METHOD, count
     assert count["bytes"] <= 1000 * KILOBYTES and len(vit.encode()) <= 1000 * VIT_KILOBYTES, count
 
 

@@ -113,7 +113,7 @@ def test_views_and_norms_are_the_training_scripts(run, name, monkeypatch):
     for k, (step, rows) in enumerate(batches(16, 16, 3)):
         bag = bags[k % len(bags)]
         alone = plan if bag is plan[0][0] else [[bag], []]  # a step draws the large views first
-        stream = data.stream(images, alone, [(step, torch.tensor(rows))], 0, 0, 1, 0, "cpu")
+        stream = data.stream(images, alone, [(step, torch.tensor(rows))], 0, slice(None), 0, "cpu")
         (source, _), _ = next(stream)
         assert len(calls[k][1]) == len(source[0])
         assert all(torch.equal(a, b) for a, b in zip(calls[k][1], source[0], strict=True))

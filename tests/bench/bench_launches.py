@@ -148,7 +148,7 @@ def count(name, flags, world, batch=32):
         replace(model.source, forward=step.within("source", model.source.forward))
         replace(model.target, forward=step.within("target", model.target.forward))
 
-        views = script.views(args, images, batches, META)
+        views = data.stream(images, script.plan_views(args), batches, args.seed, script.mine(), 0, META)
         for _ in range(2):  # the first makes the optimiser's state
             with step:
                 (src, tgt), generator = step.within("crops", next)(views)

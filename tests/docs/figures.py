@@ -108,7 +108,7 @@ def views():
     images, n = data.load("demo")[0], 5
     steps = [(0, torch.arange(n))]
     plan = script.plan_views(args)
-    ((sides, _),) = data.stream(images, plan, steps, args.seed, 0, 1, 0, "cpu")
+    ((sides, _),) = data.stream(images, plan, steps, args.seed, slice(None), 0, "cpu")
     mean, std = (torch.tensor(s).view(3, 1, 1) for s in images.stats)
     columns = [("image", images.pixels[:n] / 255, GREY)]
     for bags, colour, names in (
