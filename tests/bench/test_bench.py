@@ -29,8 +29,8 @@ def test_a_step_is_taken_apart(name):
 
 
 @pytest.mark.parametrize("name, design, views, ratio, exchanges", [
-    ("mocov2_asym", "", 160, 2.3, 8), ("mocov2_asym", "--multicrop-src", 320, 2.7, 8),
-    ("mocov2_asym", bench_launches.ALL_ON, 560, 3.4, 9), ("byol_asym", "", 165, 5.5, 50)])
+    ("mocov2_asym", "", 160, 2.3, 5), ("mocov2_asym", "--multicrop-src", 320, 2.7, 5),
+    ("mocov2_asym", bench_launches.ALL_ON, 560, 3.4, 6), ("byol_asym", "", 165, 5.5, 47)])
 def test_what_a_step_asks_of_a_gpu(name, design, views, ratio, exchanges):
     """Launches for the views, and in all as a multiple of the networks' own; exchanges; bytes. It
     waits in the logging only. Tiny networks, eight processes of 32 images."""
