@@ -277,8 +277,8 @@ def crop_batch(images, boxes, size, bicubic=False):
     top, left, height, width = boxes.view(-1, 4, 1, 1).unbind(1)
     rows, cols = matrix(images.shape[2], top, height), matrix(images.shape[3], left, width)
     x = images.to(torch.get_default_dtype()).flatten(1, 2)
-    x = (x @ cols.transpose(1, 2)).unflatten(1, (3, -1)) / 255  # columns first
-    return (rows[:, None] @ x).clamp(0, 1)
+    x = (x @ cols.transpose(1, 2)).div_(255).unflatten(1, (3, -1))  # columns first
+    return (rows[:, None] @ x).clamp_(0, 1)
 
 
 def scalemix_boxes(n, size, generator):
