@@ -573,8 +573,8 @@ def measure(args, model, sets, device):
 
 def variances(args, model, images, device):
     """The paper's intra-image variance per dimension (Sec. 3): both encoders, as configured (views,
-    BN, MeanEnc), encode 512 images twice, among other batch-mates each time. Unbiased variance of
-    an image's unit vectors, small crops included; mean over images."""
+    BN, MeanEnc), encode whole batches, of 512 images or more, twice, with other batch-mates each
+    time. Unbiased variance of an image's unit vectors, small crops included; mean over images."""
     n = args.batch_size
     total = min(math.ceil(512 / n), len(images) // n) * n
     chosen = torch.randperm(len(images), generator=rng(args.seed, "twice"))[:total]

@@ -137,20 +137,21 @@ def load(name, root="data", download=False):
     if name in NAMES:
         return load_named(name, root, download)
 
+    tell = not download and os.environ.get("RANK", "0") == "0"
     train, held = splits(name)  # of a file: itself
-    images = load_npz(train) if train.endswith(".npz") else in_memory(scan(train))
+    images = load_npz(train) if train.endswith(".npz") else in_memory(scan(train), tell)
     held = held if images.classes else ""
     source, queries = (os.path.basename(os.path.abspath(path)) for path in (train, held))
     left = list(images.left)
     if train != name:
-        beside = [x for x in sum(listing(name), []) if os.path.join(name, x) not in (train, held)]
-        left += [f"{x} beside {source}" for x in beside]
+        others = (x for x in sum(listing(name), []) if os.path.join(name, x) not in (train, held))
+        left += [f"{x} beside {source}" for x in others]
 
     sets, knn = (images, None, None), "no kNN"
     if held:
         if os.path.samefile(train, held):
             raise DataError(f"--data {name}: {queries}/ is {source}/ itself, by a link")
-        val = in_memory(scan(held))
+        val = in_memory(scan(held), tell)
         if odd := sorted(set(images.classes) ^ set(val.classes)):
             raise DataError(f"--data {name}: {source}/ and {queries}/ differ in class folders, as "
                             f"in {show(odd)}; make them equal, or move {queries}/ away")
@@ -160,7 +161,7 @@ def load(name, root="data", download=False):
         tenth = torch.randperm(len(images), generator=rng("queries")) % 10 == 9
         sets, knn = (images, images[~tenth], images[tenth]), "kNN queries: a tenth of these"
 
-    if not download and os.environ.get("RANK", "0") == "0":
+    if tell:
         n = len(images.classes)
         what = f"{n} classes ({show(images.classes)})" if n else "no labels"
         print(f"data: {len(images)} images from {source}, {what}; {knn}; left out: "
@@ -304,8 +305,7 @@ def scan(folder, most=None):
 
 
 def walk(folder, left):
-    """Yields the paths of image files in a folder and below, in sorted order. left, a Counter,
-    counts what else there is."""
+    """Yields paths of image files below a folder, sorted; left, a Counter, counts what else is."""
     def unlisted(e):
         raise DataError(f"--data {folder}: {e}; name a folder, a file .npz, or {' '.join(NAMES)}")
 
@@ -324,10 +324,10 @@ def walk(folder, left):
                 left[kind or "without suffix"] += 1
 
 
-def in_memory(images):
-    """Decodes a small folder of equally sized images once; returns any other as it is. First it
-    looks at fifty images, evenly spaced, for what is dropped of the files; DataError if all are of
-    one shade."""
+def in_memory(images, tell):
+    """Decodes a small folder of equally sized images once; returns any other as it is. Looks at
+    fifty images for what is dropped of the files; DataError if all are of one shade. tell: report()
+    those that cannot be read."""
     sample = range(0, len(images), max(1, len(images) // 50))
     lost, shapes, low, high = Counter(), set(), 255, 0
     for row in sample:
@@ -348,7 +348,7 @@ def in_memory(images):
         pixels, rows = zip(*pool.map(images.decode, range(len(images))), strict=True)
     if len({x.shape for x in pixels}) > 1:
         return images
-    if os.environ.get("RANK", "0") == "0":
+    if tell:
         images.report([images.paths[i] for i, row in enumerate(rows) if i != row])
     return replace(images[rows], pixels=torch.stack(pixels))
 
