@@ -50,7 +50,6 @@ def test_wrong_data_end_in_one_line_from_whom_they_met(capsys, monkeypatch, kind
 
 # ---- signals and deaths ----
 
-
 @pytest.mark.parametrize("number", drill.SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_exits(place, number, monkeypatch):
     """In the middle of step 6, to loader workers too. One of two: tests/test_processes.py."""
@@ -153,7 +152,6 @@ def test_overwrite_acts_once_if_torchrun_restarts(tree, tmp_path, monkeypatch, c
 
 # ---- the run's folder ----
 
-
 def test_another_run_is_refused_with_the_difference(tree, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     script.main(argv(tree, out, "--steps 2"))
@@ -224,7 +222,6 @@ def test_init_starts_both_backbones_from_a_file(tree, tmp_path, monkeypatch):
 
 
 # ---- numbers ----
-
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "weight"])
 def test_what_is_not_finite_stops_the_run(tree, tmp_path, monkeypatch, where):

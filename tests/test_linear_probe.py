@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
-from pool import Bomb, call, class_tree, close, log_lines, pictures, refusal
+from pool import SCRIPTS, SMALL, Bomb, call, class_tree, close, log_lines, pictures, refusal
 
 import linear_probe as probe
 import mocov2_asym
@@ -31,8 +31,7 @@ from common import data, knn, transfer
 from common.augment import rng
 
 FLAGS = ["--workers", "0", "--device", "cpu"]
-RUN = ("--recipe small --arch tiny --img-size 16 --batch-size 16 --bn-groups 2 --queue 8 --dim 8 "
-       "--hidden 16 --workers 0 --epochs 1 --steps 2 --knn-every 0 --device cpu").split()
+RUN = f"{SMALL} {SCRIPTS['mocov2_asym']} --steps 2 --knn-every 0".split()
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +62,7 @@ def result(out):
 
 def args_of(*argv):
     args = probe.parse_args(["x", *map(str, argv), *FLAGS])
-    args.device = torch.device("cpu")
+    args.device, args.size = torch.device("cpu"), args.img_size
     return args
 
 
@@ -93,7 +92,6 @@ def resolved(task, out, *argv):
 
 
 # ---- protocols ----
-
 
 @pytest.mark.parametrize("protocol", ["lars", "sgd"])
 def test_gradient_probes_equal_a_naive_loop(protocol, tmp_path):
@@ -228,7 +226,6 @@ def test_a_fit_starts_at_another_and_says_whether_it_is_solved(capsys):
 
 # ---- metrics ----
 
-
 def test_mean_per_class_by_hand():
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 3])
     logits = F.one_hot(torch.tensor([0, 0, 0, 1, 1, 2, 3]), 4).float()
@@ -251,7 +248,6 @@ def test_11_point_average_precision_by_hand():
 
 
 # ---- published checkpoints ----
-
 
 def prefixed(state, prefix):
     return {prefix + k: v for k, v in state.items()}
@@ -278,46 +274,45 @@ def tiny(run_folder):
     return torch.load(run_folder / "backbone.pth", weights_only=True)
 
 
-def formats(source, target):
-    """Published files' keys around backbones source and target; the last three have no target."""
-    fc, extra = zeros("fc.", "0.weight", "0.bias", "2.weight"), zeros("head.", "mlp.0.weight")
-    meta = {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {}, "param_groups": []}}
-    predictor, s, t = zeros("module.predictor.", "0.weight"), source | fc, target | fc
-    rename = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
-    children = [{re.sub(r"^\w+", lambda m: rename[m[0]], k): v for k, v in x.items()}
-                for x in (source, target)]  # of nn.Sequential(*resnet.children())
-    return {
-        "MoCo": {**meta, "state_dict": {
-            **prefixed(s, "module.encoder_q."), **prefixed(t, "module.encoder_k."),
-            **zeros("module.", "queue", "queue_ptr")}},
-        "MoCo v3": {**meta, "scaler": {"scale": 1.0}, "state_dict": {
-            **prefixed(s, "module.base_encoder."), **prefixed(t, "module.momentum_encoder."),
-            **predictor}},
-        "DINO": {"student": prefixed(prefixed(source, "backbone.") | extra, "module."),
-                 "teacher": prefixed(target, "backbone.") | extra, "epoch": 1},
-        "solo-learn": {**meta, "state_dict": {
-            **prefixed(source, "backbone."), **prefixed(target, "momentum_backbone."),
-            **zeros("", "classifier.weight", "projector.0.weight")}},
-        "lightly": {**meta, "state_dict": {
-            **prefixed(children[0], "backbone."), **prefixed(children[1], "backbone_momentum."),
-            **zeros("projection_head.", "layers.0.weight")}},
-        "timm": {"state_dict": s, "state_dict_ema": t},
-        "SimSiam": {**meta, "state_dict": {**prefixed(s, "module.encoder."), **predictor}},
-        "SwAV": {**prefixed(source, "module."), **zeros("module.", "projection_head.0.weight",
-                                                        "prototypes.weight")},
-        "Barlow Twins": {"epoch": 3, "optimizer": {}, "model": {
-            **prefixed(source, "module.backbone."), **zeros("module.", "projector.0.weight")}},
-    }
+FORMATS = {  # in a dict/: what stands before the names of the source's backbone, of the target's,
+    "MoCo": ("state_dict/module.encoder_q.", "state_dict/module.encoder_k.",  # if there is one;
+             "module.encoder_q.fc.0.bias module.encoder_k.fc.2.weight module.queue"),  # more names
+    "MoCo v3": ("state_dict/module.base_encoder.", "state_dict/module.momentum_encoder.",
+                "module.base_encoder.fc.0.weight module.predictor.0.weight"),
+    "DINO": ("student/module.backbone.", "teacher/backbone.", "backbone.head.mlp.0.weight"),
+    "solo-learn": ("state_dict/backbone.", "state_dict/momentum_backbone.",
+                   "classifier.weight projector.0.weight"),
+    "lightly": ("state_dict/backbone.", "state_dict/backbone_momentum.",
+                "projection_head.layers.0.weight"),
+    "timm": ("state_dict/", "state_dict_ema/", "fc.weight fc.bias"),
+    "SimSiam": ("state_dict/module.encoder.", "", "module.encoder.fc.0.weight module.predictor.0."),
+    "SwAV": ("/module.", "", "module.projection_head.0.weight module.prototypes.weight"),
+    "Barlow Twins": ("model/module.backbone.", "", "module.projector.0.weight"),
+}
 
 
-@pytest.mark.parametrize("name", list(formats({}, {})))
+def published(name, *encoders):
+    """A file of that format with these backbones."""
+    *places, more = FORMATS[name]
+    file = {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {}, "param_groups": []}}
+    children = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split()
+    number = lambda match: str(children.index(match[0]))
+    for place, state in zip(places, encoders, strict=True):
+        if name == "lightly":  # nn.Sequential(*resnet.children())
+            state = {re.sub(r"^\w+", number, k): x for k, x in state.items()}
+        if place:
+            where, prefix = place.split("/")
+            inner = file.setdefault(where, {}) if where else file
+            inner |= prefixed(state, prefix) | zeros("", *more.split())
+    return file
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_its_encoders_exactly(name, encoders):
-    found = formats(*encoders)[name]
     for encoder, expected in zip(("source", "target"), encoders, strict=True):
-        if encoder == "target" and name in ("SimSiam", "SwAV", "Barlow Twins"):
-            continue
-        _, state = probe.find_backbone(found, encoder, "FILE")
-        assert state.keys() == expected.keys() and all(state[k] is expected[k] for k in state)
+        if encoder == "source" or FORMATS[name][1]:
+            _, state = probe.find_backbone(published(name, *encoders), encoder, "FILE")
+            assert state.keys() == expected.keys() and all(state[k] is expected[k] for k in state)
 
 
 def test_any_wrapper_and_container_is_looked_through(tiny, capsys):
@@ -344,7 +339,7 @@ def test_any_wrapper_and_container_is_looked_through(tiny, capsys):
 def test_a_file_loads_exactly_and_names_what_is_missing_surplus_or_other(encoders, tmp_path):
     """That such a network is torchvision's: tests/test_shared.py. Some lack BN's counters."""
     old = {k: v for k, v in encoders[0].items() if "num_batches" not in k}
-    found, path = formats(old, encoders[1])["MoCo"], tmp_path / "file.pth.tar"
+    found, path = published("MoCo", old, encoders[1]), tmp_path / "file.pth.tar"
     torch.save(found, path)
     net, about = backbone(path)
     assert (about["arch"], about["dim"], about["size"]) == ("resnet18", 512, 224)
@@ -429,7 +424,6 @@ def test_vits_are_the_networks_of_those_who_publish_them(
 
 # ---- a run's own files ----
 
-
 def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
     about, digests = json.loads((run_folder / "args.json").read_text()), {}
     for checkpoint, encoder in itertools.product((run_folder, run_folder / "last.pt"),
@@ -479,7 +473,7 @@ def test_export_writes_torchvisions_names_and_exits(run_folder, encoders, tiny, 
     main(run_folder, *FLAGS, "--export", "ours.pth")
     said = capsys.readouterr().out  # what the file does not hold
     assert "dim 128  size 16  mean 0.485 0.456 0.406  std 0.229 0.224 0.225" in said
-    torch.save(formats(*encoders)["lightly"], "lightly.ckpt")
+    torch.save(published("lightly", *encoders), "lightly.ckpt")
     main("lightly.ckpt", *FLAGS, "--encoder", "target", "--export", "lightly.pth")
     for file, expected in (("ours.pth", tiny), ("lightly.pth", encoders[1])):
         found = torch.load(file, weights_only=True)
@@ -490,6 +484,7 @@ def test_export_writes_torchvisions_names_and_exits(run_folder, encoders, tiny, 
 
 def test_features_are_saved_with_labels_and_names(run_folder, tmp_path):
     folder, net = class_tree(tmp_path / "images", 40, sizes=(20, 24)), backbone(run_folder)[0]
+    args = args_of("--img-size", 16)
     arrays, of_arrays = pictures(40).permute(0, 2, 3, 1), tmp_path / "in.npz"
     np.savez(of_arrays, images=arrays, labels=np.arange(40) % 2)
     for source, out in ((folder, "a"), (of_arrays, "b"), (of_arrays, "b")):  # again, and complete
@@ -503,16 +498,12 @@ def test_features_are_saved_with_labels_and_names(run_folder, tmp_path):
             assert found[f"{part}_names"].tolist() == list(names)
             assert found[f"{part}_labels"].tolist() == images.labels.tolist()
             assert found[f"{part}_x"].dtype == np.float32
-            image = images.decode(3)[0]
-            top = (image.shape[1] - image.shape[2]) // 2
-            square = data.resize(image[:, max(0, top) :][:, : image.shape[2]], 16)
-            close(found[f"{part}_x"][3], net(square[None] / 255)[0], 1e-4, 1e-5)
+            close(found[f"{part}_x"], probe.encode(args, net, images))  # tested below
     said = refuse(run_folder, *flags("sgd"), "--save-features", tmp_path / "c.npz")
     assert "use --protocol lbfgs or knn" in said
 
 
 # ---- data sets ----
-
 
 def picture(path, i=0, size=12):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -623,8 +614,7 @@ def test_centre_crops_are_the_protocols(size, to_transfer, short, bicubic, tmp_p
     image = Image.fromarray(pictures(1, 24)[0].permute(1, 2, 0).numpy())
     image.resize((640, 512), Image.NEAREST).save(tmp_path / "image.png")
     images = transfer.images_of([tmp_path / "image.png"], [0], ["a"])
-    net, args = torch.nn.Flatten(), args_of(*["--transfer", "dtd"] * to_transfer)
-    args.size = size
+    net, args = torch.nn.Flatten(), args_of("--img-size", size, *["--transfer", "dtd"] * to_transfer)
     features = probe.encode(args, net, images)
     image = data.read_image(tmp_path / "image.png")
     modes = [TF.InterpolationMode.BILINEAR, TF.InterpolationMode.BICUBIC]
@@ -639,7 +629,6 @@ def test_centre_crops_are_the_protocols(size, to_transfer, short, bicubic, tmp_p
 
 
 # ---- whole probes ----
-
 
 @pytest.mark.parametrize("protocol, more, rule, epochs", [
     ("lbfgs", "", "l2 search", 0), ("knn", "", "fixed", 0), ("lars", "--lr 0.3", "fixed", 2),
@@ -729,7 +718,6 @@ def test_transfer_prints_a_table_and_names_what_is_absent(run_folder, tmp_path, 
 
 
 # ---- wrong input ----
-
 
 def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

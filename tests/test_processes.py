@@ -83,7 +83,6 @@ def test_runs_of_1_2_and_4_processes_agree(
 
 # ---- BatchNorm ----
 
-
 def norm_inputs(parts, shape, affine):
     """x (24, parts, *shape), weight and bias or None, and the gradient of the loss to y."""
     x = 3 + 2 * torch.randn(24, parts, *shape, generator=rng("x"))
@@ -142,7 +141,6 @@ def test_batch_norm_is_a_loop_over_groups(pool, groups, parts, shape, affine):
 
 
 # ---- resuming ----
-
 
 def disturbed(method, line, stop=None, deaf=None, dropout=0.0):
     """A run with dropout, as someone may add it, in which a process (of two, the other than deaf)

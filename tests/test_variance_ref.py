@@ -216,7 +216,6 @@ def test_published_checkpoints(head, tmp_path):
 
 # ---- wrong input ----
 
-
 @pytest.mark.parametrize("flags, said", [
     ("--theory", "give a checkpoint, or --theory and none"),
     ("--views 1", "1 is not in [2, "),
@@ -262,7 +261,6 @@ def test_wrong_checkpoints(mocov2, tmp_path):
 
 
 # ---- Sec. 5 ----
-
 
 @pytest.fixture(params=[False, True], ids=["in batch", "queue"])
 def case(request, monkeypatch):
