@@ -159,12 +159,6 @@ def test_number_recipes_scales_and_mixing_of_each_encoders_views(script):
     assert (small.size, small.recipe.scale) == (96, (0.05, 0.14))
 
 
-def test_a_seed_has_views_and_a_queue_of_its_own(script):
-    args = [small_args(script, f"--seed {seed}") for seed in (0, 1)]
-    assert not torch.equal(*(views_of(script, a)[0][0][0] for a in args))
-    assert not torch.equal(*(build(script, a).queue for a in args))
-
-
 @pytest.mark.parametrize("n, batch", [(23, 5), (20, 5), (7, 7), (9, 1)])
 def test_global_batches(n, batch):
     """Each epoch another permutation, its rest dropped; the same from any step on."""
