@@ -67,8 +67,7 @@ def views_of(script, args):
 
 
 def class_tree(folder, n=64, sizes=(24,)):
-    """A folder of three classes of PNG images. Those of one size a run decodes once, at its start;
-    those of several at each step."""
+    """Three classes of PNG images. A run decodes one size once, several sizes at each step."""
     for i, x in enumerate(pictures(n)):
         path, w = folder / f"class{i % 3}" / f"{i:03d}.png", sizes[i % len(sizes)]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,8 +176,7 @@ def job(function, args, r, world, port, dtype):
 
 
 def call(script, line):
-    """The exit code of a command, run in this process, and what it says on stderr. line: a string
-    or words."""
+    """The exit code of a command (a string, or words), run here, and what it says on stderr."""
     words = line.split() if isinstance(line, str) else list(map(str, line))
     with (mock.patch.object(sys, "argv", [f"{script}.py"]),
           contextlib.redirect_stderr(io.StringIO()) as said):

@@ -97,8 +97,7 @@ def by_pil(name, pixels, m, sign):
 
 @pytest.mark.parametrize("name", A.OPS)
 def test_randaugment_equals_pil(name):
-    """Within 2.5 of 255, as PIL rounds in between; borders, where PIL does not blend with the
-    fill, apart."""
+    """Within 2.5 of 255, as PIL rounds; not at borders, where it does not blend with the fill."""
     x = images(8, 32)
     x[:3] = 0.2 + 0.5 * x[:3]  # so that AutoContrast has something to do
     x = (x * 255).round() / 255

@@ -46,8 +46,7 @@ WRONG = [  # flags, what the one line says of them, and the scripts if not all s
 
 
 def small(script, folder, more=""):
-    """The command line of a small run; names in braces are below the folder, where some images are,
-    and weights of something else."""
+    """A small run's command line. In braces: below the folder, with images and others' weights."""
     if not (folder / "tree").exists():
         class_tree(folder / "tree", 48)
         torch.save({"encoder.pos_embedding": torch.ones(1, 2, 3)}, folder / "other.pth")

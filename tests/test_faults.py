@@ -70,9 +70,8 @@ def test_a_signal_finishes_the_step_saves_and_exits(place, number, monkeypatch):
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_at_most_an_epoch(place, monkeypatch):
-    """A moment: a step begins, a file is half written, is about to get its name, has it. First at
-    two that lie in the first and the second epoch; then at the nth of the nth attempt, until one
-    gets through."""
+    """A moment: a step begins, a file is half written, is about to get its name, has it. First one
+    in each epoch; then at the nth of the nth attempt, until one gets through."""
     out, flags, step = place.new(), "--epochs 2 --workers 0", 0
     lr_factor, save, replace = script.lr_factor, torch.save, os.replace
     for last in itertools.chain([5, 18], itertools.count(1)):

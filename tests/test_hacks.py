@@ -1,5 +1,4 @@
-"""The patches in tests/hacks/, as researchers would make them: short, they apply, they train, and
-they do what they say."""
+"""The patches in tests/hacks/ are short, they apply, they train, and they do what they say."""
 
 import importlib
 import re

@@ -364,21 +364,17 @@ def test_architecture_stem_and_size_are_recognised(tiny, tmp_path):
     assert "solo-learn pads a 3 x 3 first convolution by 2" in message
 
 
-TIMM = {"norm1.": "ln_1.", "attn.qkv.": "self_attention.in_proj_", "attn.proj.":
-        "self_attention.out_proj.", "norm2.": "ln_2.", "mlp.fc1.": "mlp.0.", "mlp.fc2.": "mlp.3."}
+TIMM = {  # torchvision's names of a ViT, the other way round from the probe's
+    "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "encoder.ln.": "norm.",
+    "conv_proj.": "patch_embed.proj.", r"encoder.layers.encoder_layer_(\d+)": r"blocks.\1",
+    "ln_": "norm", "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj",
+    "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
 
 
 def timm_names(state):
-    """A torchvision ViT's tensors in timm's names, written the other way round from the probe's."""
-    out = {"cls_token": state["class_token"], "pos_embed": state["encoder.pos_embedding"]}
-    blocks = range(sum(k.endswith("ln_1.bias") for k in state))
-    for part in ("weight", "bias"):
-        out[f"patch_embed.proj.{part}"] = state[f"conv_proj.{part}"]
-        out[f"norm.{part}"] = state[f"encoder.ln.{part}"]
-        for i, (timm, name) in itertools.product(blocks, TIMM.items()):
-            key = f"encoder.layers.encoder_layer_{i}.{name}{part}"
-            out[f"blocks.{i}.{timm}{part}"] = state[key]
-    return out
+    for name, timm in TIMM.items():
+        state = {re.sub(name, timm, k): x for k, x in state.items()}
+    return state
 
 
 @pytest.mark.parametrize("names, arch, size, patch, layers, heads", [
@@ -439,8 +435,7 @@ def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
 
 
 def test_a_runs_network_is_that_of_its_own_script(run_folder, tmp_path, monkeypatch, capsys):
-    """A researcher's script beside the probe, with a network that no other file knows. A probe as a
-    process of its own: tests/study."""
+    """A researcher's script beside the probe, with a network that no other file knows."""
     monkeypatch.setattr(probe, "__file__", str(tmp_path / "linear_probe.py"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -607,7 +602,8 @@ def test_centre_crops_are_the_protocols(size, to_transfer, short, bicubic, tmp_p
     image = Image.fromarray(pictures(1, 24)[0].permute(1, 2, 0).numpy())
     image.resize((640, 512), Image.NEAREST).save(tmp_path / "image.png")
     images = transfer.images_of([tmp_path / "image.png"], [0], ["a"])
-    net, args = torch.nn.Flatten(), args_of("--img-size", size, *["--transfer", "dtd"] * to_transfer)
+    more = ["--transfer", "dtd"] * to_transfer
+    net, args = torch.nn.Flatten(), args_of("--img-size", size, *more)
     features = probe.encode(args, net, images)
     image = data.read_image(tmp_path / "image.png")
     modes = [TF.InterpolationMode.BILINEAR, TF.InterpolationMode.BICUBIC]
@@ -678,8 +674,7 @@ def test_a_probe_on_fresh_bilinear_crops_resumes_exactly(run_folder, tmp_path, m
     ("sgd", ["--lr-sweep", 0.05, 0.5]), pytest.param("lbfgs", [], marks=pytest.mark.slow),
     pytest.param("lars", ["--cache-features"], marks=pytest.mark.slow)])
 def test_two_processes_give_the_result_of_one(protocol, more, run_folder, tmp_path, pool):
-    """In float64, where what is equal is equal to 1e-9 on every machine. The launcher, --nproc, is
-    the scripts' (tests/test_processes.py)."""
+    """In float64. The launcher, --nproc, is the scripts' (tests/test_processes.py)."""
     for world in (1, 2):
         argv = [run_folder, *flags(protocol), *more, "--out", tmp_path / str(world)]
         pool.run(world, probe.main, [str(a) for a in argv], dtype=torch.float64)
@@ -716,8 +711,6 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     whole = (run_folder / "backbone.pth").read_bytes()
     Path("part.pth").write_bytes(whole[: len(whole) // 2])
-    header = b'{"conv1.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
 
     save, state = torch.save, tiny
     save({"weight": torch.zeros(10, 128), "bias": torch.zeros(10)}, "head.pth")
@@ -736,9 +729,9 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, mon
     save(encoders[0], "other/backbone.pth")
 
     for name, words in {
-        "part.pth": "is it whole?", "nowhere": "no such file; give the folder",
+        "part.pth": "is it whole? safetensors: torch.save(", "nowhere": "no such file; give the",
         ".": "no such file; give the folder", "list.pth": "cannot be read",
-        "x.safetensors": "safetensors: torch.save(", "head.pth": "holds no backbone, but weight, ",
+        "head.pth": "holds no backbone, but weight, ",
         "none.pth": "no backbone, but epoch", "dino.pth": "(UnpicklingError argparse.Namespace)",
         "evil.pth": "If it holds more than tensors, and you trust it: load it with weights_only",
         "nan.pth": "are not finite", "zero.pth": "or all the same; are the weights, --mean",
@@ -785,8 +778,7 @@ def test_a_learning_rate_too_large_is_no_result(run_folder, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("protocol, sizes", [("knn", (24,)), ("knn", (20, 31)), ("sgd", (20, 31))])
 def test_an_unreadable_image_stops_the_probe(protocol, sizes, run_folder, tmp_path):
-    """Its place would be taken by another image under its label. Images of several sizes are read
-    on the way, those of one size at the start."""
+    """Another image would take its place, under its label. Of several sizes: read on the way."""
     folder = class_tree(tmp_path / "images", 60, sizes)
     broken = sorted(folder.rglob("*.png"))[4]
     broken.write_bytes(broken.read_bytes()[:60])

@@ -167,9 +167,8 @@ def disturbed(method, line, stop=None, deaf=None, dropout=0.0):
     pytest.param("mocov3_asym", "--arch vit_tiny --mean-enc 2" + QUIET, marks=pytest.mark.slow)])
 def test_a_run_interrupted_twice_is_the_uninterrupted_one_bit_for_bit(
         pool, method, flags, mixed_tree, tmp_path):
-    """Of epochs of 3 steps, within the first, by a signal; within the second, by --steps, which
-    measures once more: that changes nothing. Dropout draws from the global generator, of which
-    nothing is saved."""
+    """In the first epoch, by a signal; in the second, by --steps, which measures once more: that
+    changes nothing. Dropout draws from the global generator, of which nothing is saved."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for out, steps, stop, code in ((whole, 6, None, 0), (cut, 6, 1, TERMINATED),
                                    (cut, 5, None, 0), (cut, 6, None, 0)):

@@ -114,8 +114,7 @@ def test_every_import_is_allowed_and_every_definition_and_flag_used(path):
 
 
 def commands():
-    """Those of our scripts in code blocks and tables of the README and docs/: (page, script,
-    arguments, processes)."""
+    """Our scripts' in the README and docs/: (page, script, arguments, processes)."""
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = page.read_text()
         blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
