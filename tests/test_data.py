@@ -403,12 +403,8 @@ def test_large_jpeg_files_are_decoded_smaller(tmp_path, monkeypatch, size, scale
     exif[0x0112] = 6 if size == 160 else 1
     Image.fromarray(turned).save(tmp_path / "a.jpg", quality=95, exif=exif)
     x, images, seen = read_image(tmp_path / "a.jpg"), data.scan(str(tmp_path)), []
-
-    def read(*args):
-        seen.append(read_image(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(data, "read_image", read)
+    spy = lambda *args: seen.append(read_image(*args)) or seen[-1]
+    monkeypatch.setattr(data, "read_image", spy)
     crops, rows = data.Crops(images, [view(size, scale)] * 2, 3)[0, 0]
     assert seen[0].shape[1] == height and rows.tolist() == [0, 0]
     boxes = crop_boxes(2, 1201, 1603, [scale] * 2, rng(3, "crops", 0, 0)).tolist()

@@ -15,8 +15,8 @@ from pool import ROOT, SCRIPTS, SMALL, build, class_tree, log_lines, small_args,
 from common.augment import rng
 
 HACKS = {p.stem: p.read_text() for p in sorted((ROOT / "tests" / "hacks").glob("*.patch"))}
-SCRIPT = {name: re.search(r"\+\+\+ b/(\w+_asym)", text) for name, text in HACKS.items()}
-SCRIPT = {name: found[1] if found else "mocov3_asym" for name, found in SCRIPT.items()}
+SCRIPT = {name: (re.findall(r"\+\+\+ b/(\w+_asym)", text) or ["mocov3_asym"])[0]
+          for name, text in HACKS.items()}
 FLAGS = {"mean_after_normalising": "--mean-enc 2", "mobilenet_backbone": "--arch mobilenet",
          "scalemix_on_patches": "--scalemix-src --arch vit_tiny"}  # where the hack is seen
 

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from pool import SCRIPTS, build, class_tree, close, small_args, small_images, views_of
+from pool import SCRIPTS, SMALL, build, class_tree, close, small_args, small_images, views_of
 from torch import nn
 from torch.nn.functional import normalize
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -311,9 +311,9 @@ def test_the_imagenet_recipes_are_the_originals(which):
 
 
 def test_simclrs_images_stay_in_0_1_also_for_those_who_evaluate_a_run(tmp_path, monkeypatch):
-    seen, flags = [], "--arch tiny --img-size 16 --batch-size 16 --device cpu --workers 0"
+    seen = []
     monkeypatch.setattr(SIMCLR, "train", lambda *job: seen.extend(job))
-    SIMCLR.main(f"{flags} --data {class_tree(tmp_path / 'in')} --out {tmp_path / 'out'}".split())
+    SIMCLR.main(f"{SMALL} --data {class_tree(tmp_path / 'in')} --out {tmp_path / 'out'}".split())
     _, about, _, sets, _ = seen
     assert (about["mean"], about["std"]) == ([0, 0, 0], [1, 1, 1])
     assert {x.stats for x in sets} == {data.RAW}
