@@ -156,8 +156,8 @@ def test_a_step_is_the_plain_loops(name, flags, double):
 @pytest.mark.parametrize("size, batch", [(12, 4), (10, 4), (7, 5), (5, 5), (5, 8), (3, 10), (1, 4)])
 def test_mocov2s_queue_is_first_in_first_out(size, batch):
     """And a seed has one of its own."""
-    model, other = (undrawn(MOCOV2, small_args(MOCOV2, f"--queue {size} --seed {seed}"))
-                    for seed in (0, 1))
+    flags = f"--queue {size} --seed"
+    model, other = (undrawn(MOCOV2, small_args(MOCOV2, f"{flags} {seed}")) for seed in (0, 1))
     expected = model.queue.tolist()  # oldest first
     assert expected != other.queue.tolist()
     for i in range(7):

@@ -155,8 +155,7 @@ def test_a_run_and_the_theory_are_functions_of_their_arguments(mocov2, tmp_path,
     pytest.param(name, marks=[] if name == "mocov2_asym" else pytest.mark.slow)
     for name in SCRIPTS], indirect=True)
 def test_processes_do_not_change_the_result(pool, run, tmp_path):
-    """Of images in memory; MoCo v2's are decoded at each step. In double precision rounding decides
-    nothing. The launcher, --nproc, is the scripts' (tests/test_faults.py)."""
+    """In float64. MoCo v2's images are decoded at each step. --nproc: tests/test_faults.py."""
     sizes = (20, 24, 25, 31) if run.name == "mocov2_asym" else (24,)
     images = class_tree(tmp_path / "images", 72, sizes) / "class0"
     designs, found = ["multicrop", "scalemix", "sync-bn-all", "mean-enc-2"], []
