@@ -42,8 +42,7 @@ def script(request, plain, tmp_path, monkeypatch):
     return importlib.import_module(plain.__name__)
 
 
-def of(*names):
-    return pytest.mark.parametrize("script", names, indirect=True)
+of = lambda *names: pytest.mark.parametrize("script", names, indirect=True)
 
 
 def train(script, tree, out, flags):

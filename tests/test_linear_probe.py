@@ -29,6 +29,8 @@ import mocov3_asym
 from common import data, knn, transfer
 from common.augment import rng
 
+main = lambda *argv: probe.main([str(a) for a in argv])
+refuse = lambda *argv: refusal("linear_probe", argv)
 FLAGS = ["--workers", "0", "--device", "cpu"]
 RUN = f"{SMALL} {SCRIPTS['mocov2_asym']} --steps 2 --knn-every 0".split()
 
@@ -41,17 +43,9 @@ def run_folder(tmp_path_factory):
     return root / "run"
 
 
-def main(*argv):
-    probe.main([str(a) for a in argv])
-
-
 def flags(protocol):
     more = "--batch-size 16 --epochs 2" if protocol in ("sgd", "lars") else "--knn-k 5"
     return [*FLAGS, *more.split(), "--protocol", protocol]
-
-
-def refuse(*argv):
-    return refusal("linear_probe", argv)
 
 
 def result(out):
@@ -460,7 +454,6 @@ def test_export_writes_torchvisions_names_and_exits(run_folder, encoders, tiny, 
 
 def test_features_are_saved_with_labels_and_names(run_folder, tmp_path):
     folder, net = class_tree(tmp_path / "images", 40, sizes=(20, 24)), backbone(run_folder)[0]
-    args = args_of("--img-size", 16)
     arrays, of_arrays = pictures(40).permute(0, 2, 3, 1), tmp_path / "in.npz"
     np.savez(of_arrays, images=arrays, labels=np.arange(40) % 2)
     for source, out in ((folder, "a"), (of_arrays, "b"), (of_arrays, "b")):  # again, and complete
@@ -474,7 +467,7 @@ def test_features_are_saved_with_labels_and_names(run_folder, tmp_path):
             assert found[f"{part}_names"].tolist() == list(names)
             assert found[f"{part}_labels"].tolist() == images.labels.tolist()
             assert found[f"{part}_x"].dtype == np.float32
-            close(found[f"{part}_x"], probe.encode(args, net, images))  # tested below
+            close(found[f"{part}_x"], probe.encode(args_of("--img-size", 16), net, images))
     said = refuse(run_folder, *flags("sgd"), "--save-features", tmp_path / "c.npz")
     assert "use --protocol lbfgs or knn" in said
 
@@ -719,14 +712,13 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, mon
     for name, words in {
         "part.pth": "is it whole? safetensors: torch.save(", "nowhere": "no such file; give the",
         ".": "no such file; give the folder", "list.pth": "cannot be read",
-        "head.pth": "holds no backbone, but weight, ",
+        "head.pth": "holds no backbone, but weight, ", "last2.pt": "of another version",
         "none.pth": "no backbone, but epoch", "dino.pth": "(UnpicklingError argparse.Namespace)",
         "evil.pth": "If it holds more than tensors, and you trust it: load it with weights_only",
         "nan.pth": "are not finite", "zero.pth": "or all the same; are the weights, --mean",
         "int8.pth": "are integers; is it quantised?",
         "solo.pth": "solo-learn pads a 3 x 3 first convolution by 2",
         "last0.pt": "planted.py is not beside", "last1.pt": "is not beside",
-        "last2.pt": "of another version",
         "other": 'Unexpected key(s) in state_dict: "layer1.1.',
     }.items():
         assert words in refuse(name, "--data", "demo", "--out", "out", *flags("knn")), name
@@ -796,5 +788,3 @@ def test_out_of_another_probe_is_left_alone(run_folder, tmp_path):
     for more in ([], ["--overwrite"]):  # a run's folder least of all
         assert "holds no probe" in refuse(*argv[:-1], run_folder, "--knn-k", 5, *more)
     assert (run_folder / "last.pt").exists()
-
-

@@ -50,7 +50,6 @@ def test_it_is_torchvisions_with_these_positions_at_each_size(size):
     assert width == 96
     close(z, theirs(x), 1e-4, 1e-5)
     close(net.eval()(x), z, 1e-3, 1e-4)  # torch's fused path
-    assert (z - net(x.flip(3))).abs().max() > 1e-3  # places matter
 
 
 def test_initialisation():
