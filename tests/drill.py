@@ -66,9 +66,8 @@ class Command(multiprocessing.get_context("fork").Process):
     def wait(self, timeout=300):
         """The exit code. Fails if the command hangs, or leaves processes behind."""
         end = time.time() + timeout
-        while self.exitcode is None:
-            assert time.time() < end, "it hangs"
-            time.sleep(0.02)
+        self.join(timeout)
+        assert self.exitcode is not None, "it hangs"
         with contextlib.suppress(ProcessLookupError):
             while time.time() < end + 60:
                 os.killpg(self.pid, 0)

@@ -6,7 +6,6 @@ import io
 import json
 import multiprocessing
 import os
-import queue
 import socket
 import sys
 import traceback
@@ -68,8 +67,7 @@ def views_of(script, args):
 
 
 def class_tree(folder, n=64, sizes=(24,)):
-    """A folder of three classes of PNG images. Those of one size a run decodes once, at its start;
-    those of several at each step."""
+    """Three classes of PNG images. A run decodes one size once, several sizes at each step."""
     for i, x in enumerate(pictures(n)):
         path, w = folder / f"class{i % 3}" / f"{i:03d}.png", sizes[i % len(sizes)]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,25 +124,22 @@ class Pool:
     def __init__(self, size=4):
         context = multiprocessing.get_context("forkserver")  # a new one, but with imports done
         context.set_forkserver_preload(["torch.distributed", "torchvision", "numpy", "PIL.Image"])
-        self.jobs, self.results = [context.Queue() for _ in range(size)], context.Queue()
-        self.workers = [context.Process(target=worker, args=(jobs, self.results), daemon=True)
-                        for jobs in self.jobs]
+        self.pipes, theirs = zip(*(context.Pipe() for _ in range(size)), strict=True)
+        self.workers = [context.Process(target=worker, args=[x], daemon=True) for x in theirs]
         for process in self.workers:
             process.start()
 
     def run(self, world, function, *args, timeout=240, dtype=torch.float32):
         """function(*args) in world processes, with a launcher's environment if they are two or
         more: what they return, by rank. An exception there is raised here. dtype: the default."""
-        port, found = free_port(), {}
-        for r in range(world):
-            self.jobs[r].put((function, args, r, world, port, dtype))
-        try:
-            while len(found) < world:
-                found |= [self.results.get(timeout=timeout)]
-        except queue.Empty:
+        port, pipes = free_port(), self.pipes[:world]
+        for r, pipe in enumerate(pipes):
+            pipe.send((function, args, r, world, port, dtype))
+        hanging = [r for r, pipe in enumerate(pipes) if not pipe.poll(timeout)]
+        if hanging:
             self.close()  # what is left of the job would disturb the next
-            raise TimeoutError(f"of {world} processes, only {sorted(found)} returned") from None
-        errors, blobs = zip(*(found[r] for r in range(world)), strict=True)
+            raise TimeoutError(f"of {world} processes, {hanging} did not return")
+        errors, blobs = zip(*(pipe.recv() for pipe in pipes), strict=True)
         if any(errors):
             raise RuntimeError("\n".join(f"process {r}: {e}" for r, e in enumerate(errors) if e))
         return [torch.load(io.BytesIO(blob)) for blob in blobs]
@@ -155,32 +150,33 @@ class Pool:
             process.join()
 
 
-def worker(jobs, results):
+def worker(pipe):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
-    while multiprocessing.parent_process().is_alive():
+    with contextlib.suppress(EOFError):  # when the tests have ended, in whatever way
+        while True:
+            pipe.send(job(*pipe.recv()))
+
+
+def job(function, args, r, world, port, dtype):
+    """What is wrong, or None, and torch.save() of what function(*args) returns."""
+    error, blob = None, io.BytesIO()
+    torch.set_default_dtype(dtype)
+    launched = dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world),
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with mock.patch.dict(os.environ, launched if world > 1 else {}):
         try:
-            function, args, r, world, port, dtype = jobs.get(timeout=10)
-        except queue.Empty:
-            continue
-        error, blob = None, io.BytesIO()
-        torch.set_default_dtype(dtype)
-        launched = dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world),
-                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        with mock.patch.dict(os.environ, launched if world > 1 else {}):
-            try:
-                torch.save(function(*args), blob)
-            except BaseException:
-                error = traceback.format_exc()
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        results.put((r, (error, blob.getvalue())))
+            torch.save(function(*args), blob)
+        except BaseException:
+            error = traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return error, blob.getvalue()
 
 
 def call(script, line):
-    """The exit code of a command, run in this process, and what it says on stderr. line: a string
-    or words."""
+    """The exit code of a command (a string, or words), run here, and what it says on stderr."""
     words = line.split() if isinstance(line, str) else list(map(str, line))
     with (mock.patch.object(sys, "argv", [f"{script}.py"]),
           contextlib.redirect_stderr(io.StringIO()) as said):

@@ -4,8 +4,10 @@ import colorsys
 import itertools
 import math
 import random
+from functools import partial
 
 import numpy as np
+import pool
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,7 @@ RECIPES = {"V2": A.V2, "strong": A.strong(A.V2), "weak": A.weak(A.V2), "BYOL1": 
            "BYOL2": A.BYOL2, "SIMCLR": A.SIMCLR, "strong SIMCLR": A.strong(A.SIMCLR)}
 
 pytestmark = pytest.mark.usefixtures("double")
-
-
-def close(a, b, atol=1e-9):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+close = partial(pool.close, rtol=0, atol=1e-9)
 
 
 def images(n, size=24, seed=0):
@@ -97,8 +96,7 @@ def by_pil(name, pixels, m, sign):
 
 @pytest.mark.parametrize("name", A.OPS)
 def test_randaugment_equals_pil(name):
-    """Within 2.5 of 255, as PIL rounds in between; borders, where PIL does not blend with the
-    fill, apart."""
+    """Within 2.5 of 255, as PIL rounds; not at borders, where it does not blend with the fill."""
     x = images(8, 32)
     x[:3] = 0.2 + 0.5 * x[:3]  # so that AutoContrast has something to do
     x = (x * 255).round() / 255

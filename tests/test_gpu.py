@@ -1,5 +1,4 @@
-"""On a GPU, if there is one, a run is that of a CPU: in float64, where rounding decides nothing. No
-step waits for it. SyncBN: tests/test_shared.py."""
+"""On a GPU, if there is one, a run in float64 is that of a CPU, and no step waits for it."""
 
 import importlib
 
@@ -31,8 +30,7 @@ def test_a_step_in_bf16_is_near_float32_and_never_waits(script, flags, request):
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     module, losses = importlib.import_module(script), []
     for amp in ("off", "bf16"):
-        args = small_args(module, f"{flags} --batch-size 64")
-        args.amp = amp
+        args = small_args(module, f"{flags} --batch-size 64 --amp {amp}")
         model = build(module, args).to("cuda")
         optimizer = module.Method.optimizer(args, model)
         batches = ((step, torch.arange(48).repeat(2)[:64]) for step in range(3))

@@ -1,12 +1,10 @@
-"""The patches in tests/hacks/, as researchers would make them: short, they apply, they train, and
-they do what they say."""
+"""The patches in tests/hacks/ are short, they apply, they train, and they do what they say."""
 
 import importlib
 import re
 import shutil
 import subprocess
 import sys
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,56 +15,52 @@ from pool import ROOT, SCRIPTS, SMALL, build, class_tree, log_lines, small_args,
 from common.augment import rng
 
 HACKS = {p.stem: p.read_text() for p in sorted((ROOT / "tests" / "hacks").glob("*.patch"))}
-SCRIPT = {name: re.search(r"\+\+\+ b/(\w+_asym)", text) for name, text in HACKS.items()}
-SCRIPT = {name: found[1] if found else "mocov3_asym" for name, found in SCRIPT.items()}
+SCRIPT = {name: (re.findall(r"\+\+\+ b/(\w+_asym)", text) or ["mocov3_asym"])[0]
+          for name, text in HACKS.items()}
 FLAGS = {"mean_after_normalising": "--mean-enc 2", "mobilenet_backbone": "--arch mobilenet",
          "scalemix_on_patches": "--scalemix-src --arch vit_tiny"}  # where the hack is seen
 
 
-def load(folder, name):
-    """The script of a folder, with the common/ beside it, as modules that nobody else gets."""
-    others = {k: x for k, x in sys.modules.items() if k.split(".")[0] not in ("common", name)}
-    with (mock.patch.dict(sys.modules, others, clear=True),
-          mock.patch.object(sys, "path", [str(folder), *sys.path])):
-        return importlib.import_module(name)
+@pytest.fixture
+def plain(request):
+    """The script of a patch, as it is."""
+    return importlib.import_module(SCRIPT[request.node.callspec.params["script"]])
 
 
 @pytest.fixture
-def hacked(request, tmp_path):
-    """The patched copy of a script, and the script, as modules."""
+def script(request, plain, tmp_path, monkeypatch):
+    """Its patched copy, with the common/ beside it, as modules that nobody else gets."""
     if not shutil.which("git"):
         pytest.skip("git apply is needed to apply the patches")
-    name = SCRIPT[request.param]
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copy(plain.__file__, tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common")
     patch = ROOT / "tests" / "hacks" / f"{request.param}.patch"
     subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True, capture_output=True)
-    return load(tmp_path, name), load(ROOT, name)
+    for name in [k for k in sys.modules if k.split(".")[0] in ("common", plain.__name__)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module(plain.__name__)
 
 
-def of(name):
-    return pytest.mark.parametrize("hacked", [name], indirect=True)
+of = lambda *names: pytest.mark.parametrize("script", names, indirect=True)
 
 
-def train(script, hack, tree, out, flags=""):
-    """Three steps, or as many more as flags say; the logged lines of all steps."""
-    more = f"--epochs 9 --warmup-epochs 0 --knn-every 0 --steps 3 {FLAGS.get(hack, '')} {flags}"
-    line = f"--data {tree} --out {out} --device cpu {SMALL} {SCRIPTS[script.METHOD]} {more}"
-    script.main(line.split())
-    return log_lines(out)
+def train(script, tree, out, flags):
+    """Three steps; their losses."""
+    more = f"--epochs 9 --warmup-epochs 0 --knn-every 0 --steps 3 {flags}"
+    script.main(f"--data {tree} --out {out} {SMALL} {SCRIPTS[script.METHOD]} {more}".split())
+    return [x["loss"] for x in log_lines(out)]
 
 
-@pytest.mark.parametrize("hacked", HACKS, indirect=True)
-def test_a_hack_is_short_and_trains(hacked, request, tmp_path):
-    hack = request.node.callspec.params["hacked"]
+@of(*HACKS)
+def test_a_hack_is_short_and_trains(script, plain, request, tmp_path):
+    hack = request.node.callspec.params["script"]
     assert len(re.findall(r"^[+-](?![+-]{2} )", HACKS[hack], re.MULTILINE)) <= 15
-    script, plain = hacked
-    tree = class_tree(tmp_path / "images")
-    losses = [x["loss"] for x in train(script, hack, tree, tmp_path / "run")]
+    tree, flags = class_tree(tmp_path / "images"), FLAGS.get(hack, "")
+    losses = train(script, tree, tmp_path / "run", flags)
     assert len(losses) == 3 and np.isfinite(losses).all()
     if "mobilenet" not in hack:  # which the script does not know
-        before = [x["loss"] for x in train(plain, hack, tree, tmp_path / "plain")]
-        assert len(before) == 3 and before != losses
+        assert train(plain, tree, tmp_path / "plain", flags) != losses
 
 
 def first_loss(script, flags=""):
@@ -76,8 +70,7 @@ def first_loss(script, flags=""):
 
 
 @of("mean_after_normalising")
-def test_the_mean_is_that_of_unit_vectors(hacked):
-    script, _ = hacked
+def test_the_mean_is_that_of_unit_vectors(script):
     model = build(script, small_args(script))
     views = list(torch.randn(2, 16, 3, 16, 16, generator=rng(3)))
     apart = F.normalize(model.source.encode(views, 1, None, True), dim=2).mean(0)
@@ -85,8 +78,7 @@ def test_the_mean_is_that_of_unit_vectors(hacked):
 
 
 @of("scalemix_on_patches")
-def test_boxes_are_made_of_whole_patches(hacked, monkeypatch):
-    script, _ = hacked
+def test_boxes_are_made_of_whole_patches(script, monkeypatch):
     seen, mix = [], script.augment.scalemix
     monkeypatch.setattr(script.augment, "scalemix", lambda *a: (seen.append(a[2]), mix(*a))[1])
     views_of(script, small_args(script, "--scalemix-src --arch vit_tiny"))
@@ -94,8 +86,7 @@ def test_boxes_are_made_of_whole_patches(hacked, monkeypatch):
 
 
 @of("decoupled_contrastive_loss")
-def test_the_positive_is_not_in_the_denominator(hacked):
-    script, _ = hacked
+def test_the_positive_is_not_in_the_denominator(script):
     model = build(script, small_args(script, "--temperature 0.3"))
     z, keys = (F.normalize(torch.randn(7, 16, generator=rng(i))) for i in range(2))
     s = (z @ keys.T / 0.3).double().numpy()
@@ -106,8 +97,7 @@ def test_the_positive_is_not_in_the_denominator(hacked):
 
 
 @of("vicreg_variance_term")
-def test_the_term_is_the_hinge_on_the_spread(hacked):
-    script, plain = hacked
+def test_the_term_is_the_hinge_on_the_spread(script, plain):
     args = small_args(script)
     z = build(script, args).source(views_of(script, args)[0])[0].detach().double().numpy()
     hinge = np.maximum(0, 1 - np.sqrt(z.var(0, ddof=1) + 1e-4)).mean()
@@ -116,18 +106,17 @@ def test_the_term_is_the_hinge_on_the_spread(hacked):
 
 
 @of("learnable_temperature")
-def test_the_temperature_begins_at_the_flag_and_learns(hacked, tmp_path):
-    ours, plain = (first_loss(script, "--temperature 0.3") for script in hacked)
-    assert ours == pytest.approx(plain, rel=1e-6)
-    train(hacked[0], "", class_tree(tmp_path / "images"), tmp_path / "run", "--temperature 0.3")
+def test_the_temperature_begins_at_the_flag_and_learns(script, plain, tmp_path):
+    ours, theirs = (first_loss(module, "--temperature 0.3") for module in (script, plain))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    train(script, class_tree(tmp_path / "images"), tmp_path / "run", "--temperature 0.3")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     assert 1e-6 < abs(state["log_temperature"] - np.log(0.3)) < 0.5
 
 
 @of("dropout_on_source_features")
-def test_dropout_is_the_sources_alone(hacked):
+def test_dropout_is_the_sources_alone(script):
     """That it resumes exactly: tests/test_processes.py."""
-    script, _ = hacked
     model, x = build(script, small_args(script)), [[torch.randn(16, 3, 16, 16, generator=rng(3))]]
     assert torch.equal(*(model.target(x)[0] for _ in range(2)))
     assert not torch.equal(*(model.source(x)[0] for _ in range(2)))

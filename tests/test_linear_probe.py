@@ -1,6 +1,5 @@
-"""The linear probe: protocols against naive computations, metrics against examples worked by hand,
-checkpoints built here with the names of published ones, data sets on tiny trees laid out as
-torchvision expects them."""
+"""The linear probe: protocols against naive computations, metrics worked by hand, checkpoints with
+the names of published ones, data sets on tiny trees laid out as torchvision expects them."""
 
 import argparse
 import inspect
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
-from pool import Bomb, call, class_tree, close, log_lines, pictures, refusal
+from pool import SCRIPTS, SMALL, Bomb, call, class_tree, close, log_lines, pictures, refusal
 
 import linear_probe as probe
 import mocov2_asym
@@ -30,9 +29,10 @@ import mocov3_asym
 from common import data, knn, transfer
 from common.augment import rng
 
+main = lambda *argv: probe.main([str(a) for a in argv])
+refuse = lambda *argv: refusal("linear_probe", argv)
 FLAGS = ["--workers", "0", "--device", "cpu"]
-RUN = ("--recipe small --arch tiny --img-size 16 --batch-size 16 --bn-groups 2 --queue 8 --dim 8 "
-       "--hidden 16 --workers 0 --epochs 1 --steps 2 --knn-every 0 --device cpu").split()
+RUN = f"{SMALL} {SCRIPTS['mocov2_asym']} --steps 2 --knn-every 0".split()
 
 
 @pytest.fixture(scope="session")
@@ -43,17 +43,9 @@ def run_folder(tmp_path_factory):
     return root / "run"
 
 
-def main(*argv):
-    probe.main([str(a) for a in argv])
-
-
 def flags(protocol):
     more = "--batch-size 16 --epochs 2" if protocol in ("sgd", "lars") else "--knn-k 5"
     return [*FLAGS, *more.split(), "--protocol", protocol]
-
-
-def refuse(*argv):
-    return refusal("linear_probe", argv)
 
 
 def result(out):
@@ -63,7 +55,7 @@ def result(out):
 
 def args_of(*argv):
     args = probe.parse_args(["x", *map(str, argv), *FLAGS])
-    args.device = torch.device("cpu")
+    args.device, args.size = torch.device("cpu"), args.img_size
     return args
 
 
@@ -94,54 +86,50 @@ def resolved(task, out, *argv):
 
 # ---- protocols ----
 
-
-@pytest.mark.parametrize("protocol", ["lars", "sgd"])
-def test_gradient_probes_equal_a_naive_loop(protocol, tmp_path):
-    """Softmax regression with its gradient by hand, numbers in float64."""
-    task, lr, batch, epochs = problem(), 0.4, 32, 5
-    args = resolved(task, tmp_path, "--protocol", protocol, "--lr", lr, "--batch-size", batch,
-                    "--epochs", epochs)
-    probe.gradient_probe(args, None, task)
-
-    head = probe.classifier(5, 3, args.seed)
+def descend(protocol, x, labels, lr, batch, epochs):
+    """Softmax regression with its gradient by hand, in float64: w, b, the mean loss per epoch."""
+    head, epoch, losses = probe.classifier(5, 3, 0), len(x) // batch, []
     w, b = head.weight.detach().double(), head.bias.detach().double()
     assert 0.004 < w.std() < 0.02 and not b.any()  # N(0, 0.01)
-    vw, vb, steps, losses = torch.zeros_like(w), torch.zeros_like(b), 90 // batch * epochs, []
-    for step in range(steps):
-        if step % (90 // batch) == 0:
-            order = torch.randperm(90, generator=rng(0, "order", step // (90 // batch)))
-        rows = order[step % (90 // batch) * batch :][:batch]
-        x, y = task.x[rows].double(), task.labels[rows]
-        p = torch.softmax(x @ w.T + b, 1)
-        losses.append(-p[torch.arange(batch), y].log().mean().item())
-        p = p - F.one_hot(y, 3)
-        gw, gb = p.T @ x / batch, p.mean(0)
-        share = 0.5 * (1 + math.cos(math.pi * step / steps))
+    vw, vb = torch.zeros_like(w), torch.zeros_like(b)
+    for step in range(epoch * epochs):
+        if step % epoch == 0:
+            order = torch.randperm(len(x), generator=rng(0, "order", step // epoch))
+        rows = order[step % epoch * batch :][:batch]
+        p = torch.softmax(x[rows] @ w.T + b, 1)
+        losses.append(-p[torch.arange(batch), labels[rows]].log().mean())
+        p = p - F.one_hot(labels[rows], 3)
+        gw, gb = p.T @ x[rows] / batch, p.mean(0)
         if protocol == "lars":  # trust ratio 0.001 |p| / |g|, 1 where a norm is 0, for the bias too
             gw = gw * 0.001 * w.norm() / gw.norm()
             gb = gb * (0.001 * b.norm() / gb.norm() if b.norm() > 0 else 1)
         vw, vb = 0.9 * vw + gw, 0.9 * vb + gb
-        w, b = w - lr * batch / 256 * share * vw, b - lr * batch / 256 * share * vb
-    found = torch.load(tmp_path / "final-clouds.pt", weights_only=True)["heads"]
-    close(found["0.weight"], w.float(), 1e-4, 1e-5)
-    close(found["0.bias"], b.float(), 1e-4, 1e-5)
-    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    close([line["loss"][0] for line in lines], torch.tensor(losses).view(epochs, -1).mean(1), 1e-4)
+        rate = lr * batch / 256 * 0.5 * (1 + math.cos(math.pi * step / (epoch * epochs)))
+        w, b = w - rate * vw, b - rate * vb
+    return w, b, torch.stack(losses).view(epochs, -1).mean(1)
 
 
-def test_sweep_trains_each_classifier_as_if_alone_and_chooses_on_held_out_images(tmp_path):
-    task = problem()
-    args = resolved(task, tmp_path, "--protocol", "sgd", "--lr-sweep", 0.01, 0.3, 1000,
-                    "--batch-size", 16, "--epochs", 4)
-    found, file = probe.gradient_probe(args, None, task), tmp_path / "search-clouds.pt"
-    together = torch.load(file, weights_only=True)["heads"]
-    for i, lr in enumerate(args.lr_sweep):
-        file.unlink()
-        scores = probe.train(args, None, task, "search", [lr])
-        alone = torch.load(file, weights_only=True)["heads"]
-        close(together[f"{i}.weight"], alone["0.weight"], 1e-5, 1e-6)
-        assert scores[lr] == found["scores"][lr]
-    assert found["chosen"]["lr"] == max(found["scores"], key=found["scores"].get)
+@pytest.mark.parametrize("protocol", ["lars", "sgd"])
+def test_gradient_probes_equal_a_naive_loop(protocol, tmp_path):
+    """Each classifier of a sweep, whatever becomes of another, and the chosen one on all images."""
+    task, lrs = problem(), [0.01, 1000, 0.4]
+    args = resolved(task, tmp_path, "--protocol", protocol, "--lr-sweep", *lrs, "--batch-size", 32,
+                    "--epochs", 5)
+    found = probe.gradient_probe(args, None, task)
+    chosen = found["chosen"]["lr"]
+    assert chosen == max(found["scores"], key=found["scores"].get) and chosen < 1000
+    lines = list(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()))
+    for stage, rows, tried in (("search", task.rest, lrs), ("final", torch.arange(90), [chosen])):
+        heads = torch.load(tmp_path / f"{stage}-clouds.pt", weights_only=True)["heads"]
+        x, labels = task.x[rows].double(), task.labels[rows]
+        for i, lr in enumerate(tried):
+            if lr < 1000:
+                w, b, losses = (t.float() for t in descend(protocol, x, labels, lr, 32, 5))
+                close(heads[f"{i}.weight"], w, 1e-4, 1e-5)
+                close(heads[f"{i}.bias"], b, 1e-4, 1e-5)
+                close([x["loss"][i] for x in lines if x["stage"] == stage], losses, 1e-4)
+                score = transfer.top1(task.held_x @ w.T + b, task.labels[task.held])
+                assert stage == "final" or found["scores"][lr] == score
 
 
 @pytest.mark.parametrize("protocol", ["sgd", "lbfgs"])
@@ -166,9 +154,8 @@ def test_nothing_is_chosen_on_the_test_set_nor_fitted_to_the_held_out_images(pro
         assert score + sum(x["scores"][key] for x in wrong) == pytest.approx(1)
 
 
-def newton(x, labels, classes, l2):
-    """The optimum, by Newton's method on all parameters (c, d + 1), the step halved while it does
-    not help: its objective and w. Derivatives by autograd."""
+def newton(x, labels, classes, l2, near):
+    """The optimum near a fit, by Newton's method on all parameters: its objective and w."""
     n, d = x.shape
     x = torch.cat([x, x.new_ones(n, 1)], 1)
 
@@ -181,15 +168,12 @@ def newton(x, labels, classes, l2):
             loss = ((F.softplus(z) - (labels == 1) * z) * (labels >= 0)).sum()
         return loss + l2 * v[:, :d].square().sum() / 2
 
-    v, before = torch.zeros(classes * (d + 1)).double(), math.inf
-    while value(v) < before * (1 - 1e-12):
-        before = value(v)
+    v = torch.cat([near.w, near.b[:, None]], 1).flatten()
+    for _ in range(6):
         gradient = torch.autograd.functional.jacobian(value, v)
         hessian = torch.autograd.functional.hessian(value, v) + 1e-12 * torch.eye(len(v))
-        step = torch.linalg.solve(hessian, gradient)
-        while value(v - step) > before and step.norm() > 1e-8:
-            step /= 2
-        v = v - step
+        v = v - torch.linalg.solve(hessian, gradient)
+    assert gradient.norm() < 1e-8 * value(v)  # and f is convex
     return value(v).item(), v.view(classes, d + 1)[:, :d]
 
 
@@ -204,8 +188,8 @@ def test_lbfgs_reaches_the_optimum(multi, d, l2, scale):
     if multi:
         labels = torch.randint(-1, 2, (90, 3), generator=rng(5))
         labels = torch.where(labels < 0, labels, F.one_hot(task.labels, 3)) if d == 30 else labels
-    best, w = newton(x, labels, 3, l2)
     cold = probe.fit_l2(x, labels, 3, l2)
+    best, w = newton(x, labels, 3, l2, cold)
     warm = probe.fit_l2(x, labels, 3, l2, probe.fit_l2(x, labels, 3, l2 * 10**0.25))
     for fit in (cold, warm):
         assert fit.solved
@@ -228,10 +212,9 @@ def test_a_fit_starts_at_another_and_says_whether_it_is_solved(capsys):
 
 # ---- metrics ----
 
-
 def test_mean_per_class_by_hand():
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 3])
-    logits = F.one_hot(torch.tensor([0, 0, 0, 1, 1, 2, 3]), 4).float()
+    labels, found = torch.tensor([[0, 0, 0, 0, 1, 1, 3], [0, 0, 0, 1, 1, 2, 3]])
+    logits = F.one_hot(found, 4)
     means = (3 / 4 + 1 / 2 + 1) / 3  # class 2 has no image
     assert transfer.mean_per_class(logits, labels) == pytest.approx(means)
     assert transfer.top1(logits, labels) == pytest.approx(5 / 7)
@@ -251,7 +234,6 @@ def test_11_point_average_precision_by_hand():
 
 
 # ---- published checkpoints ----
-
 
 def prefixed(state, prefix):
     return {prefix + k: v for k, v in state.items()}
@@ -278,55 +260,47 @@ def tiny(run_folder):
     return torch.load(run_folder / "backbone.pth", weights_only=True)
 
 
-def formats(source, target):
-    """Published files' keys around backbones source and target; the last three have no target."""
-    fc, extra = zeros("fc.", "0.weight", "0.bias", "2.weight"), zeros("head.", "mlp.0.weight")
-    meta = {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {}, "param_groups": []}}
-    predictor, s, t = zeros("module.predictor.", "0.weight"), source | fc, target | fc
-    rename = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
-    children = [{re.sub(r"^\w+", lambda m: rename[m[0]], k): v for k, v in x.items()}
-                for x in (source, target)]  # of nn.Sequential(*resnet.children())
-    return {
-        "MoCo": {**meta, "state_dict": {
-            **prefixed(s, "module.encoder_q."), **prefixed(t, "module.encoder_k."),
-            **zeros("module.", "queue", "queue_ptr")}},
-        "MoCo v3": {**meta, "scaler": {"scale": 1.0}, "state_dict": {
-            **prefixed(s, "module.base_encoder."), **prefixed(t, "module.momentum_encoder."),
-            **predictor}},
-        "DINO": {"student": prefixed(prefixed(source, "backbone.") | extra, "module."),
-                 "teacher": prefixed(target, "backbone.") | extra, "epoch": 1},
-        "solo-learn": {**meta, "state_dict": {
-            **prefixed(source, "backbone."), **prefixed(target, "momentum_backbone."),
-            **zeros("", "classifier.weight", "projector.0.weight")}},
-        "lightly": {**meta, "state_dict": {
-            **prefixed(children[0], "backbone."), **prefixed(children[1], "backbone_momentum."),
-            **zeros("projection_head.", "layers.0.weight")}},
-        "timm": {"state_dict": s, "state_dict_ema": t},
-        "SimSiam": {**meta, "state_dict": {**prefixed(s, "module.encoder."), **predictor}},
-        "SwAV": {**prefixed(source, "module."), **zeros("module.", "projection_head.0.weight",
-                                                        "prototypes.weight")},
-        "Barlow Twins": {"epoch": 3, "optimizer": {}, "model": {
-            **prefixed(source, "module.backbone."), **zeros("module.", "projector.0.weight")}},
-    }
+FORMATS = {  # what stands before the names of the source's backbone, of the target's; other tensors
+    "MoCo": ("module.encoder_q. module.encoder_k.", "module.encoder_k.fc.2.weight module.queue"),
+    "MoCo v3": ("module.base_encoder. module.momentum_encoder.",
+                "module.base_encoder.fc.0.weight module.predictor.0.weight"),
+    "DINO": ("student/module.backbone. teacher/backbone.", "backbone.head.mlp.0.weight"),
+    "solo-learn": ("backbone. momentum_backbone.", "classifier.weight projector.0.weight"),
+    "lightly": ("backbone. backbone_momentum.", "projection_head.layers.0.weight"),
+    "timm": ("state_dict/ state_dict_ema/", "fc.weight fc.bias"),
+}
 
 
-@pytest.mark.parametrize("name", list(formats({}, {})))
+def published(name, *encoders):
+    """A file of that format with these backbones."""
+    places, more = FORMATS[name]
+    file = {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {}, "param_groups": []}}
+    children = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split()
+    number = lambda match: str(children.index(match[0]))
+    for place, state in zip(places.split(), encoders, strict=True):
+        if name == "lightly":  # nn.Sequential(*resnet.children())
+            state = {re.sub(r"^\w+", number, k): x for k, x in state.items()}
+        *where, prefix = ["state_dict", *place.split("/")][-2:]
+        file.setdefault(*where, {}).update(prefixed(state, prefix) | zeros("", *more.split()))
+    return file
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_its_encoders_exactly(name, encoders):
-    found = formats(*encoders)[name]
     for encoder, expected in zip(("source", "target"), encoders, strict=True):
-        if encoder == "target" and name in ("SimSiam", "SwAV", "Barlow Twins"):
-            continue
-        _, state = probe.find_backbone(found, encoder, "FILE")
+        _, state = probe.find_backbone(published(name, *encoders), encoder, "FILE")
         assert state.keys() == expected.keys() and all(state[k] is expected[k] for k in state)
 
 
 def test_any_wrapper_and_container_is_looked_through(tiny, capsys):
+    """As those of SimSiam, SwAV and Barlow Twins, in whose files there is no target."""
+    heads = "fc.weight", "projection_head.0.weight", "prototypes.weight", "projector.0.weight"
     wrappers = ["module.", "_orig_mod.", "model.", "backbone.", "net.", "encoder."]
     prefixes = ["", *wrappers, *map("".join, itertools.permutations(wrappers, 2))]
     containers = [lambda x: x, lambda x: {"model_state_dict": x, "optimizer": {"state": {}}},
                   lambda x: {"checkpoint": {"net": x}, "epoch": 1}]
     for prefix, wrap in itertools.product(prefixes, containers):
-        found = wrap(prefixed(tiny, prefix) | zeros(prefix, "fc.weight"))
+        found = wrap(prefixed(tiny, prefix) | zeros(prefix, *heads))
         names, state = probe.find_backbone(found, "source", "FILE")
         assert names.endswith(prefix) and state.keys() == tiny.keys(), prefix
 
@@ -344,7 +318,7 @@ def test_any_wrapper_and_container_is_looked_through(tiny, capsys):
 def test_a_file_loads_exactly_and_names_what_is_missing_surplus_or_other(encoders, tmp_path):
     """That such a network is torchvision's: tests/test_shared.py. Some lack BN's counters."""
     old = {k: v for k, v in encoders[0].items() if "num_batches" not in k}
-    found, path = formats(old, encoders[1])["MoCo"], tmp_path / "file.pth.tar"
+    found, path = published("MoCo", old, encoders[1]), tmp_path / "file.pth.tar"
     torch.save(found, path)
     net, about = backbone(path)
     assert (about["arch"], about["dim"], about["size"]) == ("resnet18", 512, 224)
@@ -370,27 +344,19 @@ def test_architecture_stem_and_size_are_recognised(tiny, tmp_path):
     with torch.device("meta"):  # the names of resnet50, other shapes
         state = torchvision.models.wide_resnet50_2().state_dict()
         assert probe.of_others(None, state)[1:] == ("wide_resnet50_2", 224)
-    solo = prefixed(tiny, "backbone.") | zeros("", "classifier.weight")
-    torch.save({"state_dict": solo}, tmp_path / "file.pth")
-    message = refuse(tmp_path / "file.pth", "--export", tmp_path / "no.pth", *FLAGS)
-    assert "solo-learn pads a 3 x 3 first convolution by 2" in message
 
 
-TIMM = {"norm1.": "ln_1.", "attn.qkv.": "self_attention.in_proj_", "attn.proj.":
-        "self_attention.out_proj.", "norm2.": "ln_2.", "mlp.fc1.": "mlp.0.", "mlp.fc2.": "mlp.3."}
+TIMM = {  # torchvision's names of a ViT, the other way round from the probe's
+    "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "encoder.ln.": "norm.",
+    "conv_proj.": "patch_embed.proj.", r"encoder.layers.encoder_layer_(\d+)": r"blocks.\1",
+    "ln_": "norm", "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj",
+    "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
 
 
 def timm_names(state):
-    """A torchvision ViT's tensors in timm's names, written the other way round from the probe's."""
-    out = {"cls_token": state["class_token"], "pos_embed": state["encoder.pos_embedding"]}
-    blocks = range(sum(k.endswith("ln_1.bias") for k in state))
-    for part in ("weight", "bias"):
-        out[f"patch_embed.proj.{part}"] = state[f"conv_proj.{part}"]
-        out[f"norm.{part}"] = state[f"encoder.ln.{part}"]
-        for i, (timm, name) in itertools.product(blocks, TIMM.items()):
-            key = f"encoder.layers.encoder_layer_{i}.{name}{part}"
-            out[f"blocks.{i}.{timm}{part}"] = state[key]
-    return out
+    for name, timm in TIMM.items():
+        state = {re.sub(name, timm, k): x for k, x in state.items()}
+    return state
 
 
 @pytest.mark.parametrize("names, arch, size, patch, layers, heads", [
@@ -429,7 +395,6 @@ def test_vits_are_the_networks_of_those_who_publish_them(
 
 # ---- a run's own files ----
 
-
 def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
     about, digests = json.loads((run_folder / "args.json").read_text()), {}
     for checkpoint, encoder in itertools.product((run_folder, run_folder / "last.pt"),
@@ -452,8 +417,7 @@ def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
 
 
 def test_a_runs_network_is_that_of_its_own_script(run_folder, tmp_path, monkeypatch, capsys):
-    """A researcher's script beside the probe, with a network that no other file knows. A probe as a
-    process of its own: tests/study."""
+    """A researcher's script beside the probe, with a network that no other file knows."""
     monkeypatch.setattr(probe, "__file__", str(tmp_path / "linear_probe.py"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -479,7 +443,7 @@ def test_export_writes_torchvisions_names_and_exits(run_folder, encoders, tiny, 
     main(run_folder, *FLAGS, "--export", "ours.pth")
     said = capsys.readouterr().out  # what the file does not hold
     assert "dim 128  size 16  mean 0.485 0.456 0.406  std 0.229 0.224 0.225" in said
-    torch.save(formats(*encoders)["lightly"], "lightly.ckpt")
+    torch.save(published("lightly", *encoders), "lightly.ckpt")
     main("lightly.ckpt", *FLAGS, "--encoder", "target", "--export", "lightly.pth")
     for file, expected in (("ours.pth", tiny), ("lightly.pth", encoders[1])):
         found = torch.load(file, weights_only=True)
@@ -503,16 +467,13 @@ def test_features_are_saved_with_labels_and_names(run_folder, tmp_path):
             assert found[f"{part}_names"].tolist() == list(names)
             assert found[f"{part}_labels"].tolist() == images.labels.tolist()
             assert found[f"{part}_x"].dtype == np.float32
-            image = images.decode(3)[0]
-            top = (image.shape[1] - image.shape[2]) // 2
-            square = data.resize(image[:, max(0, top) :][:, : image.shape[2]], 16)
-            close(found[f"{part}_x"][3], net(square[None] / 255)[0], 1e-4, 1e-5)
+            alone = probe.encode(args_of("--img-size", 16), net, images[[3]])
+            close(found[f"{part}_x"][3], alone[0], 1e-4, 1e-5)
     said = refuse(run_folder, *flags("sgd"), "--save-features", tmp_path / "c.npz")
     assert "use --protocol lbfgs or knn" in said
 
 
 # ---- data sets ----
-
 
 def picture(path, i=0, size=12):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -550,8 +511,8 @@ def lay_voc2007(root):
         names = spread("{part}{i:03d}", part, [""], 12)
         write(top / f"ImageSets/Main/{part}.txt", "\n".join(names) + "\n")
         for c, column in (("cat", [1, -1, 0]), ("dog", [-1, 1, 1])):
-            rows = [f"{n} {column[i % 3]:2d}\n" for i, n in enumerate(names)]
-            write(top / f"ImageSets/Main/{c}_{part}.txt", "".join(rows))
+            rows = "".join(f"{n} {column[i % 3]:2d}\n" for i, n in enumerate(names))
+            write(top / f"ImageSets/Main/{c}_{part}.txt", rows)
         for i, name in enumerate(names):
             picture(top / f"JPEGImages/{name}.jpg", i)
     return 24, 12, 12, ["cat", "dog"]
@@ -606,13 +567,13 @@ def test_data_sets_on_trees_as_torchvision_expects_them(name, tmp_path):
         assert (probe.load_task(args, name).images.paths == task.images.paths).all()
 
 
-@pytest.mark.parametrize("kind, lists", [
-    ("Food101", "_image_files _labels"), ("FGVCAircraft", "_image_files _labels"),
-    ("OxfordIIITPet", "_images _labels"), ("Flowers102", "_image_files _labels"),
-    ("StanfordCars", "_samples")])
-def test_torchvision_keeps_its_lists_where_they_are_looked_for(kind, lists):
+@pytest.mark.parametrize("lists", [
+    "Food101 _image_files _labels", "FGVCAircraft _image_files _labels", "StanfordCars _samples",
+    "OxfordIIITPet _images _labels", "Flowers102 _image_files _labels"])
+def test_torchvision_keeps_its_lists_where_they_are_looked_for(lists):
+    kind, *lists = lists.split()
     source = inspect.getsource(getattr(torchvision.datasets, kind))
-    assert all(f"self.{name} = " in source for name in lists.split()) and "classes" in source
+    assert all(f"self.{name} = " in source for name in lists) and "classes" in source
 
 
 @pytest.mark.parametrize("size, to_transfer, short, bicubic",
@@ -623,8 +584,8 @@ def test_centre_crops_are_the_protocols(size, to_transfer, short, bicubic, tmp_p
     image = Image.fromarray(pictures(1, 24)[0].permute(1, 2, 0).numpy())
     image.resize((640, 512), Image.NEAREST).save(tmp_path / "image.png")
     images = transfer.images_of([tmp_path / "image.png"], [0], ["a"])
-    net, args = torch.nn.Flatten(), args_of(*["--transfer", "dtd"] * to_transfer)
-    args.size = size
+    more = ["--transfer", "dtd"] * to_transfer
+    net, args = torch.nn.Flatten(), args_of("--img-size", size, *more)
     features = probe.encode(args, net, images)
     image = data.read_image(tmp_path / "image.png")
     modes = [TF.InterpolationMode.BILINEAR, TF.InterpolationMode.BICUBIC]
@@ -639,7 +600,6 @@ def test_centre_crops_are_the_protocols(size, to_transfer, short, bicubic, tmp_p
 
 
 # ---- whole probes ----
-
 
 @pytest.mark.parametrize("protocol, more, rule, epochs", [
     ("lbfgs", "", "l2 search", 0), ("knn", "", "fixed", 0), ("lars", "--lr 0.3", "fixed", 2),
@@ -696,8 +656,7 @@ def test_a_probe_on_fresh_bilinear_crops_resumes_exactly(run_folder, tmp_path, m
     ("sgd", ["--lr-sweep", 0.05, 0.5]), pytest.param("lbfgs", [], marks=pytest.mark.slow),
     pytest.param("lars", ["--cache-features"], marks=pytest.mark.slow)])
 def test_two_processes_give_the_result_of_one(protocol, more, run_folder, tmp_path, pool):
-    """In float64, where what is equal is equal to 1e-9 on every machine. The launcher, --nproc, is
-    the scripts' (tests/test_processes.py)."""
+    """In float64. The launcher, --nproc, is the scripts' (tests/test_processes.py)."""
     for world in (1, 2):
         argv = [run_folder, *flags(protocol), *more, "--out", tmp_path / str(world)]
         pool.run(world, probe.main, [str(a) for a in argv], dtype=torch.float64)
@@ -730,13 +689,10 @@ def test_transfer_prints_a_table_and_names_what_is_absent(run_folder, tmp_path, 
 
 # ---- wrong input ----
 
-
 def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = (run_folder / "backbone.pth").read_bytes()
     Path("part.pth").write_bytes(whole[: len(whole) // 2])
-    header = b'{"conv1.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
 
     save, state = torch.save, tiny
     save({"weight": torch.zeros(10, 128), "bias": torch.zeros(10)}, "head.pth")
@@ -747,23 +703,23 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, mon
     save(state | {"bn1.bias": state["bn1.bias"] * math.nan}, "nan.pth")
     save({k: 0 * v for k, v in state.items()}, "zero.pth")
     save({k: v.char() for k, v in state.items()}, "int8.pth")
+    save(prefixed(state, "backbone.") | zeros("", "classifier.weight"), "solo.pth")
     last = torch.load(run_folder / "last.pt", weights_only=True)
-    for i, change in enumerate(({"method": "planted"}, {"method": "../x"}, {"method": None},
-                                {"format": 2})):
+    for i, change in enumerate(({"method": "planted"}, {"method": "../x"}, {"format": 2})):
         save({**last, "args": {**last["args"], **change}}, f"last{i}.pt")
     shutil.copytree(run_folder, "other")
     save(encoders[0], "other/backbone.pth")
 
     for name, words in {
-        "part.pth": "is it whole?", "nowhere": "no such file; give the folder",
+        "part.pth": "is it whole? safetensors: torch.save(", "nowhere": "no such file; give the",
         ".": "no such file; give the folder", "list.pth": "cannot be read",
-        "x.safetensors": "safetensors: torch.save(", "head.pth": "holds no backbone, but weight, ",
+        "head.pth": "holds no backbone, but weight, ", "last2.pt": "of another version",
         "none.pth": "no backbone, but epoch", "dino.pth": "(UnpicklingError argparse.Namespace)",
         "evil.pth": "If it holds more than tensors, and you trust it: load it with weights_only",
         "nan.pth": "are not finite", "zero.pth": "or all the same; are the weights, --mean",
         "int8.pth": "are integers; is it quantised?",
+        "solo.pth": "solo-learn pads a 3 x 3 first convolution by 2",
         "last0.pt": "planted.py is not beside", "last1.pt": "is not beside",
-        "last2.pt": "None.py is not beside", "last3.pt": "of another version",
         "other": 'Unexpected key(s) in state_dict: "layer1.1.',
     }.items():
         assert words in refuse(name, "--data", "demo", "--out", "out", *flags("knn")), name
@@ -804,8 +760,7 @@ def test_a_learning_rate_too_large_is_no_result(run_folder, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("protocol, sizes", [("knn", (24,)), ("knn", (20, 31)), ("sgd", (20, 31))])
 def test_an_unreadable_image_stops_the_probe(protocol, sizes, run_folder, tmp_path):
-    """Its place would be taken by another image under its label. Images of several sizes are read
-    on the way, those of one size at the start."""
+    """Another image would take its place, under its label. Of several sizes: read on the way."""
     folder = class_tree(tmp_path / "images", 60, sizes)
     broken = sorted(folder.rglob("*.png"))[4]
     broken.write_bytes(broken.read_bytes()[:60])
@@ -834,5 +789,3 @@ def test_out_of_another_probe_is_left_alone(run_folder, tmp_path):
     for more in ([], ["--overwrite"]):  # a run's folder least of all
         assert "holds no probe" in refuse(*argv[:-1], run_folder, "--knn-k", 5, *more)
     assert (run_folder / "last.pt").exists()
-
-

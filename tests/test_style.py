@@ -19,19 +19,14 @@ CODE = [*SCRIPTS, *EVALUATION, *COMMON]
 NAMES = {p.stem for p in [*SCRIPTS, *EVALUATION]}
 
 # A budget that is exceeded asks for a feature less, not for code moved where nobody will find it.
-# The aims are 760 lines and 42 kB for a script, 600 for the probe, 930 for common/, 4,000 for tests:
-# where the ceilings below are higher, they may only come down. (common/ has code_digest() since six
-# scripts had it.)
+# The aims are 760 lines and 42 kB for a script, 600 for the probe, 930 for common/: where ceilings
+# below are higher, they may only come down. (common/ has code_digest() since six scripts had it.)
 SCRIPT, VIT, METHOD = 760, 100, 185  # lines; VIT comes on top of mocov3's
 MORE = {"mocov3_asym.py": 24, "simclr_asym.py": 33, "barlow_asym.py": 23}  # lines over SCRIPT
 KILOBYTES, VIT_KILOBYTES = 42, 5
-LINES = {"linear_probe.py": 686, "variance_ref.py": 400, "common": 1227, "tests": 4160}
+LINES = {"linear_probe.py": 686, "variance_ref.py": 400, "common": 1227, "tests": 3998}
 WIDTH = 100
 DIFF = {("mocov3", "byol"): 60, ("byol", "simsiam"): 60, ("simclr", "barlow"): 90}  # side by side
-
-
-def length(*paths):
-    return sum(len(path.read_text().splitlines()) for path in paths)
 
 
 def without_vit(path):
@@ -60,8 +55,9 @@ def test_the_other_budgets_hold_and_no_line_is_wider_than_the_width():
     for path in CODE:
         lines = path.read_text().splitlines()
         assert not [f"{path.name}:{i}" for i, x in enumerate(lines, 1) if len(x) > WIDTH]
-    count = {path.name: length(path) for path in EVALUATION} | {"common": length(*COMMON)}
-    count["tests"] = length(*(ROOT / "tests").glob("*.py"))  # without study/ and bench/
+    parts = {path.name: [path] for path in EVALUATION} | {"common": COMMON}
+    parts["tests"] = (ROOT / "tests").glob("*.py")  # without study/ and bench/
+    count = {k: sum(len(p.read_text().splitlines()) for p in part) for k, part in parts.items()}
     assert not {k: f"{n} of {LINES[k]}" for k, n in count.items() if n > LINES[k]}
 
 
@@ -114,8 +110,7 @@ def test_every_import_is_allowed_and_every_definition_and_flag_used(path):
 
 
 def commands():
-    """Those of our scripts in code blocks and tables of the README and docs/: (page, script,
-    arguments, processes)."""
+    """Our scripts' in the README and docs/: (page, script, arguments, processes)."""
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = page.read_text()
         blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)

@@ -33,15 +33,6 @@ def test_positions(grid, full, dim):
         close(found[0, 1 + number], torch.tensor(expected), 0, 2e-5)
 
 
-def test_learned_positions_are_refused_with_other_heads():
-    """DINO's and torchvision's have 64 channels, which their tensors do not tell."""
-    net, _ = vit()
-    net.load_state_dict(net.state_dict())
-    learned = net.state_dict() | {"encoder.pos_embedding": torch.ones(1, 17, 96)}
-    with pytest.raises(RuntimeError, match="it has learned positions"):  # fit() makes it a line
-        net.load_state_dict(learned)
-
-
 @pytest.mark.parametrize("size", [16, 8, 12])
 def test_it_is_torchvisions_with_these_positions_at_each_size(size):
     """torchvision's own forward pass knows one size; it gets the positions as its parameter."""
@@ -59,7 +50,6 @@ def test_it_is_torchvisions_with_these_positions_at_each_size(size):
     assert width == 96
     close(z, theirs(x), 1e-4, 1e-5)
     close(net.eval()(x), z, 1e-3, 1e-4)  # torch's fused path
-    assert (z - net(x.flip(3))).abs().max() > 1e-3  # places matter
 
 
 def test_initialisation():
