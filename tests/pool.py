@@ -196,4 +196,4 @@ def refusal(script, line):
 
 def close(a, b, rtol=1e-5, atol=1e-6):
     a, b = (torch.as_tensor(x).detach().numpy() for x in (a, b))
-    np.testing.assert_allclose(a, b, rtol, atol)
+    np.testing.assert_allclose(a, b, rtol, atol, equal_nan=False)

@@ -20,11 +20,11 @@ NAMES = {p.stem for p in [*SCRIPTS, *EVALUATION]}
 
 # A budget that is exceeded asks for a feature less, not for code moved where nobody will find it.
 # The aims are 760 lines and 42 kB for a script, 600 for the probe, 930 for common/: where ceilings
-# below are higher, they may only come down. (common/ has code_digest() since six scripts had it.)
+# below are higher, they may only come down.
 SCRIPT, VIT, METHOD = 760, 100, 185  # lines; VIT comes on top of mocov3's
 MORE = {"mocov3_asym.py": 24, "simclr_asym.py": 33, "barlow_asym.py": 23}  # lines over SCRIPT
 KILOBYTES, VIT_KILOBYTES = 42, 5
-LINES = {"linear_probe.py": 686, "variance_ref.py": 400, "common": 1227, "tests": 3998}
+LINES = {"linear_probe.py": 685, "variance_ref.py": 400, "common": 1221, "tests": 4000}
 WIDTH = 100
 DIFF = {("mocov3", "byol"): 60, ("byol", "simsiam"): 60, ("simclr", "barlow"): 90}  # side by side
 
