@@ -243,14 +243,16 @@ def test_what_is_dropped_of_files_is_counted(tmp_path, capsys):
     (rgb,) = write(tmp_path, "0.png")
     Image.fromarray(np.dstack([rgb, rgb[..., 0]])).save(tmp_path / "1.png")
     (tmp_path / "2.tif").write_bytes(tiff(np.dstack([rgb, rgb[..., :2]])))
+    first, second = Image.fromarray(rgb), Image.fromarray(255 - rgb)
+    first.save(tmp_path / "3.gif", save_all=True, append_images=[second])
     assert np.array_equal(load(str(tmp_path))[0].pixels[2].permute(1, 2, 0), rgb)
     said = capsys.readouterr().out
-    assert "all bands but three, in 1 of 3 looked at" in said
-    assert "what is transparent: now white, in 1 of 3 looked at" in said
+    for what in ("bands but three", "frames but the first", "what is transparent: now white"):
+        assert f"{what}, in 1 of 4 looked at" in said
     assert "values" not in said
-    for i, name in enumerate(("0.png", "1.png", "2.tif")):
+    for i, name in enumerate(("0.png", "1.png", "2.tif", "3.gif")):
         Image.fromarray(np.eye(8, dtype=np.uint8) + i).save(tmp_path / name)
-    assert "values above 3 of 255, in 3 of 3 looked at" in load(str(tmp_path))[0].left
+    assert "values above 4 of 255, in 4 of 4 looked at" in load(str(tmp_path))[0].left
 
 
 @pytest.mark.parametrize("kind, said", [("L", "from 0 to 1;"), ("RGBA", "from 255 to 255;")])
