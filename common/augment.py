@@ -48,7 +48,7 @@ class Recipe:
     pil_blur: bool = False  # PIL's three box blurs, not a Gaussian's samples
     solarize: float = 0.0  # inverts what is above 0.5
     randaugment: bool = False
-    normalize: bool = True  # SimCLR's images stay in [0, 1]: data.RAW are their mean and std
+    normalize: bool = True  # SimCLR's images stay in [0, 1]; such a run has mean 0 and std 1
 
 
 V2 = Recipe(pil_blur=True)  # MoCo v2, SimSiam: both views
@@ -328,6 +328,8 @@ def make_views(plan, crops, total, generator, stats, part):
             boxes.append(scalemix_boxes(total, view.size, generator)[part])
             draws[view.size].append(draw(view.recipe, total, generator))
 
+    if not plan[0][0][0].recipe.normalize:
+        stats = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     for size, several in draws.items():  # in one batch: a GPU starts each operation once
         x = torch.cat([x for x in crops if x.shape[3] == size])
         params = {k: torch.cat([p[k][part] for p in several]) for k in several[0]}
