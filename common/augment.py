@@ -328,8 +328,7 @@ def make_views(plan, crops, total, generator, stats, part):
             boxes.append(scalemix_boxes(total, view.size, generator)[part])
             draws[view.size].append(draw(view.recipe, total, generator))
 
-    if not plan[0][0][0].recipe.normalize:
-        stats = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    stats = stats if plan[0][0][0].recipe.normalize else ([0.0] * 3, [1.0] * 3)
     for size, several in draws.items():  # in one batch: a GPU starts each operation once
         x = torch.cat([x for x in crops if x.shape[3] == size])
         params = {k: torch.cat([p[k][part] for p in several]) for k in several[0]}

@@ -326,8 +326,7 @@ def walk(folder, left):
 
 def in_memory(images, tell):
     """Decodes a small folder of equally sized images once; returns any other as it is. Looks at
-    fifty images for what is dropped of the files; DataError if all are of one shade. tell: report()
-    those that cannot be read."""
+    fifty for what is dropped of files; DataError if of one shade. tell: name the unreadable."""
     sample = range(0, len(images), max(1, len(images) // 50))
     lost, shapes, low, high = Counter(), set(), 255, 0
     for row in sample:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -135,7 +136,8 @@ class Pool:
         port, pipes = free_port(), self.pipes[:world]
         for r, pipe in enumerate(pipes):
             pipe.send((function, args, r, world, port, dtype))
-        hanging = [r for r, pipe in enumerate(pipes) if not pipe.poll(timeout)]
+        end = time.time() + timeout
+        hanging = [r for r, x in enumerate(pipes) if not x.poll(max(0, end - time.time()))]
         if hanging:
             self.close()  # what is left of the job would disturb the next
             raise TimeoutError(f"of {world} processes, {hanging} did not return")

@@ -50,8 +50,6 @@ def same(a, b):
         assert x == pytest.approx(y, rel=1e-9, abs=1e-12), x["step"]
 
 
-# ---- the number of processes ----
-
 METHODS = list(SCRIPTS)
 QUICK = [("mocov2_asym", (1, 2), PREFERRED + MEASURED),
          ("mocov2_asym", (1, 4), OTHER + QUIET),
@@ -79,8 +77,6 @@ def test_runs_of_1_2_and_4_processes_agree(
     for world in worlds[1:]:
         same(tmp_path / "1", tmp_path / str(world))
 
-
-# ---- BatchNorm ----
 
 def norm_inputs(parts, shape, affine):
     """x (24, parts, *shape), weight and bias or None, and the gradient of the loss to y."""
@@ -138,8 +134,6 @@ def test_batch_norm_is_a_loop_over_groups(pool, groups, parts, shape, affine):
             for a, b in zip([*ours[:2], *ours[2]], expected, strict=True):
                 assert torch.allclose(a, b, 1e-9, 1e-9)
 
-
-# ---- resuming ----
 
 def disturbed(method, line, stop=None, deaf=None, dropout=0.0):
     """A run with dropout, as someone may add it, in which a process (of two, the other than deaf)

@@ -208,12 +208,13 @@ def test_knn_sees_whole_images_evenly_spaced(script, monkeypatch):
 def test_variances_are_those_of_the_encodings(script, flags, monkeypatch, double):
     """Of an image's unit vectors in two passes, with other batch-mates each time: the unbiased
     variance, the mean over images and channels. Without labels there is no kNN."""
-    args, images, steps = small_args(script, flags), small_images(40), []
+    args, images, steps = small_args(script, f"{flags} --seed 3"), small_images(40), []
     model, stream = build(script, args), script.data.stream
 
-    def spy(images, plan, batches, *more):
+    def spy(images, plan, batches, seed, *more):
+        assert (plan, seed) == (script.plan_views(args), 3)
         steps.extend(rows.tolist() for _, rows in batches)
-        return stream(images, plan, batches, *more)
+        return stream(images, plan, batches, seed, *more)
 
     monkeypatch.setattr(script.data, "stream", spy)
     encoded = {"v_src": [], "v_tgt": []}

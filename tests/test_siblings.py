@@ -3,7 +3,7 @@
 import copy
 import importlib
 import math
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -314,6 +314,8 @@ def test_simclrs_images_stay_in_0_1_also_for_those_who_evaluate_a_run(tmp_path, 
     seen = []
     monkeypatch.setattr(SIMCLR, "train", lambda *job: seen.extend(job))
     SIMCLR.main(f"{SMALL} --data {class_tree(tmp_path / 'in')} --out {tmp_path / 'out'}".split())
+    (x,), *_ = views_of(SIMCLR, small_args(SIMCLR))[0]
+    assert 0 <= x.min() < x.max() <= 1  # whatever the images' mean and std
     _, about, _, sets, _ = seen
     assert (about["mean"], about["std"]) == ([0, 0, 0], [1, 1, 1])
     assert {x.stats for x in sets} == {data.RAW}
@@ -324,6 +326,7 @@ def test_optimisers_and_learning_rates_in_training(script, tmp_path, monkeypatch
     """Linear scaling, warm-up, cosine. SimSiam's predictor: constant. Barlow's biases: another. A
     parameter that someone adds is trained; one in no group is refused."""
     args, model = shaken(script, "--lr 0.32 --wd 0.03 --epochs 2 --warmup-epochs .5 --knn-every 0")
+    args.seed, stream = 3, Mock(wraps=script.data.stream)
     args.out, args.lr_bias, rates = tmp_path, 0.16, []
     optimizer = script.Method.optimizer(args, model)
     optimizer.register_step_pre_hook(lambda o, *_: rates.append([g["lr"] for g in o.param_groups]))
@@ -333,12 +336,15 @@ def test_optimisers_and_learning_rates_in_training(script, tmp_path, monkeypatch
 
     monkeypatch.setattr(script.Method, "optimizer", lambda args, model: optimizer)
     monkeypatch.setattr(script, "SIGNALS", ())
+    monkeypatch.setattr(script.data, "stream", stream)
     job = args, {"code": ""}, model, (small_images(48), None, None), torch.device("cpu")
     with pytest.raises(SystemExit):
         script.train(*job)
     assert "in no group of the optimizer: hack; see" in capsys.readouterr().err
     del model.hack
     script.train(*job)
+    _, plan, _, seed, *_ = stream.call_args.args
+    assert (plan, seed) == (script.plan_views(args), 3)
     sgd, settings = script in (MOCOV2, SIMSIAM), {"weight_decay": 0.03, "momentum": 0.9}
     settings |= {"nesterov": False, "dampening": 0} if sgd else {
         "trust": 0.001, "adapt_1d": False, "classic": script is SIMCLR}

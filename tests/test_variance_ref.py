@@ -211,8 +211,6 @@ def test_published_checkpoints(head, tmp_path):
     assert ("sync-bn" in variance_ref.choose("all", script, run)) == (head == "paper")
 
 
-# ---- wrong input ----
-
 @pytest.mark.parametrize("flags, said", [
     ("--theory", "give a checkpoint, or --theory and none"), ("--data nowhere", "--data nowhere"),
     ("--views 1", "1 is not in [2, "), ("--device tpu", "invalid choice: 'tpu'"),
@@ -251,8 +249,6 @@ def test_wrong_checkpoints(mocov2, tmp_path):
     plain = refusal("variance_ref", [path, "--device", "cpu", "--data", "none"])
     assert "has no projector in module.encoder_q.*" in plain
 
-
-# ---- Sec. 5 ----
 
 @pytest.fixture(params=[False, True], ids=["in batch", "queue"])
 def case(request, monkeypatch):

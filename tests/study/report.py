@@ -271,18 +271,23 @@ def print_preferences(cells, runs):
     print()
 
 
+def averaged(point):
+    """Whether its cell has MeanEnc, in Sec. 4 a row, in Tables 2 and 3 a place."""
+    return point[2].row.startswith("MeanEnc") or point[2].place == "MeanEnc"
+
+
 def correlations(cells, runs):
     """Of the cells' means, where there are enough cells to speak of it."""
     for which, where in ENCODERS.items():
         means = cell_means(claim(cells, runs, which))
-        rest = [p for p in means if not p[2].row.startswith("MeanEnc")]
+        rest = [p for p in means if not averaged(p)]
         if len(means) < 8:
             continue
         texts = [f"{rho:+.2f}, p {p:.2g}, of {len(ps)} cells" for ps in (means, rest) if len(ps) > 3 for rho, p in [rank_correlation(ps)]]
         print(f"rank correlation of Δ linear with log(v_tgt / v_src), {where}: {texts[0]}" + (f"; without MeanEnc {texts[1]}" if len(rest) < len(means) else ""))
     paper = papers_points(cells)
     if len(paper) >= 8:
-        rest = [p for p in paper if not p[2].row.startswith("MeanEnc")]
+        rest = [p for p in paper if not averaged(p)]
         print(f"the paper's own Δ with its own variances: {rank_correlation(paper)[0]:+.2f} of {len(paper)} cells; without MeanEnc {rank_correlation(rest)[0]:+.2f}")
 
 
@@ -302,6 +307,8 @@ def print_claim(files):
             found, low, high = stratified(list(strata.values()))
             print(f"rank correlation of Δ linear with log(v_tgt / v_src), {where}, within tables: {found:+.2f}, 95 % interval "
                   f"{low:+.2f} to {high:+.2f}; cells: {', '.join(f'{name} {len(means)}' for name, means in strata.items())}")
+            found, low, high = stratified([[p for p in means if not averaged(p)] for means in strata.values()])
+            print(f"  without MeanEnc {found:+.2f}, {low:+.2f} to {high:+.2f}")
     print()
 
 

@@ -382,6 +382,8 @@ def test_the_pages_and_the_report_are_of_these_results(monkeypatch, capsys):
             study.main(shlex.split(line, comments=True)[2:])
     written = (ROOT / "tests" / "study" / "results" / "report.md").read_text()
     assert written == capsys.readouterr().out
+    for ours, theirs in ((r"([-+]0\.\d\d) \(p (0\.\d+)\)", r"([-+]0\.\d\d), p (0\.\d+)"), (r"[-+]0\.\d\d to [-+]0\.\d\d",) * 2):
+        assert set(re.findall(ours, pages)) <= set(re.findall(theirs, written))
     changes = r"[-+]\d+\.\d ± \d+\.\d"
     assert set(re.findall(changes, pages)) <= set(re.findall(changes, written))
     rows = re.findall(r"^\| [^|]* \| [^|]* \| ([-+]\d+\.\d) \| (.*)", pages, re.M)  # the paper's change, ours
