@@ -51,7 +51,7 @@ RECIPES = {
     "img_size":      (224,        32,          32,          "pixels; up to 64: the CIFAR stem"),
     "epochs":        (100,        200,         8,           "length of training and schedules"),
     "batch_size":    (256,        512,         64,          "images per step, of all processes"),
-    "lr":            (0.03,       0.03,        0.72,        "learning rate per 256 images"),
+    "lr":            (0.03,       0.03,        0.36,        "learning rate per 256 images"),
     "wd":            (1e-4,       5e-4,        1e-4,        "weight decay"),
     "warmup_epochs": (0.0,        0.0,         1.5,         "linear warm-up of the learning rate"),
     "bn_groups":     (8,          8,           8,           "virtual devices of BN; 1 is SyncBN"),
