@@ -94,12 +94,11 @@ class BYOL(nn.Module):
         super().__init__()
         self.m, self.symmetrize = args.ema, args.symmetrize
         self.shuffle = False  # without negatives, batch-mates do not give an image away
-        grouped = partial(BatchNorm, groups=args.bn_groups)
-        synced = partial(BatchNorm, groups=1)
+        norm = lambda sync: partial(BatchNorm, groups=1 if sync else args.bn_groups)
 
         def encoder(sync):  # AsymBN (Sec. 4.4): SyncBN in one projector; footnote 4: everywhere
-            head = synced if sync else grouped
-            body = head if args.bn_scope == "all" else grouped
+            head = norm(sync)
+            body = norm(sync and args.bn_scope == "all")
             backbone, width = resnet.build(args.arch, args.img_size, body, zero_init=True)
             return Encoder(backbone, projector(args, width, head), args.amp)
 
@@ -107,18 +106,16 @@ class BYOL(nn.Module):
         self.target = encoder(args.asym_bn)
         self.target.load_state_dict(self.source.state_dict())
         self.target.requires_grad_(False)
-        self.predictor = predictor(args, grouped)  # small beside a backbone: never in bf16
+        self.predictor = predictor(args, norm(False))  # small beside a backbone: never in bf16
 
     def momentum(self, progress):
         """m at this share of the training: from its start to 1 by a cosine."""
         return 1 - (1 - self.m) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def forward(self, src, tgt, m, generator):
-        """One step on this process's n of the N images.
-
-        src, tgt: bags of views, see plan_views(). m: the target's momentum. generator: the same on
-        all processes, unused. Returns the loss, a mean over the n images, and both spreads.
-        """
+        """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
+        m: the target's momentum. generator: the same on all processes, unused. Returns the loss, a
+        mean over the n images, and both spreads."""
         update_target(self.target, self.source, m)
         loss, spreads = self.one_way(src, tgt)
         if self.symmetrize:
@@ -138,15 +135,13 @@ class BYOL(nn.Module):
         """Mean squared distance of unit vectors p_src (n, d) and z_tgt (n, d)."""
         return (2 - 2 * (p_src * z_tgt).sum(1)).mean()
 
-    @staticmethod
-    def chance(args):
+    def chance(self, args):
         """The loss of encodings that tell nothing."""
         return 2.0 * (2 if args.multicrop_src or args.symmetrize else 1)
 
-    @staticmethod
-    def optimizer(args, model):
+    def optimizer(self, args):
         """LARS. peak: the learning rate that the schedule scales."""
-        params = [p for p in model.parameters() if p.requires_grad]
+        params = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": params, "peak": args.peak_lr}]
         return LARS(groups, lr=args.peak_lr, weight_decay=args.wd)
 
@@ -173,12 +168,10 @@ class Encoder(nn.Module):
         self.backbone, self.projector, self.bf16 = backbone, projector, amp == "bf16"
 
     def forward(self, bags, shuffle=None, track=True):
-        """The mean encoding (n, d), not normalised, of each bag's views (n, 3, s, s): a list.
-
-        The first bag holds the large views, encoded jointly; with two or more this is MeanEnc (Sec.
-        4.5). Each further bag holds a small crop (MultiCrop, Sec. 4.1); they go through in one
-        pass. shuffle: a generator that draws other batch-mates for BN. track: whether the large
-        views move BN's running statistics."""
+        """The mean encoding (n, d), not normalised, of each bag's views (n, 3, s, s): a list. The
+        first bag holds the large views, encoded jointly: if several, MeanEnc (Sec. 4.5). Each other
+        bag holds a small crop (MultiCrop, Sec. 4.1); they go through in one pass. shuffle: None, or
+        what draws other batch-mates for BN. track: whether large views move running statistics."""
         large, *small = bags
         encodings = [self.encode(large, 1, shuffle, track).mean(0)]
         if small:
@@ -200,13 +193,10 @@ class Encoder(nn.Module):
         # as BatchNorm expects it: row i parts + k is of part k
         x = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)
         x = x.contiguous(memory_format=torch.channels_last)  # convolutions are faster so
-        norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
-        for bn in norms:
-            bn.parts, bn.track = parts, track
+        BatchNorm.parts, BatchNorm.track = parts, track
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             z = self.projector(self.backbone(x)).to(torch.get_default_dtype())
-        for bn in norms:
-            bn.parts, bn.track = 1, True
+        BatchNorm.parts, BatchNorm.track = 1, True
         z = z.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)  # and back
 
         if shuffle is not None:
@@ -219,10 +209,11 @@ class BatchNorm(nn.BatchNorm2d):
     normalised with those of group i mod G, on any number of processes; G = 1 is SyncBN. With parts,
     row i is of part i mod parts, each with statistics of its own. Running statistics: means over
     this process's groups; sync_buffers() takes the mean over processes."""
+    parts, track = 1, True  # in the pass at hand: Encoder.encode() sets them
 
     def __init__(self, features, groups=1, affine=True):
         super().__init__(features, affine=affine)
-        self.groups, self.parts, self.track = groups, 1, True
+        self.groups = groups
 
     def forward(self, x):
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
@@ -295,8 +286,7 @@ def sync_buffers(model):
 # ============================================================================== shared: heads
 def mlp(sizes, bn, last=(), bias=False, last_bias=False):
     """Linear layers of these sizes with BN and ReLU between them: (n, sizes[0]) -> (n, sizes[-1]).
-    last: modules after the last one. bias: of the layers before a BN, which cancels it; last_bias:
-    of the last."""
+    last: modules after it. bias: of those before a BN, which cancels it; last_bias: of the last."""
     layers = []
     for width, next_width in zip(sizes[:-2], sizes[1:-1], strict=True):
         layers += [nn.Linear(width, next_width, bias=bias), bn(next_width), nn.ReLU(inplace=True)]
@@ -325,15 +315,13 @@ def plan_views(args):
 
 @torch.no_grad()
 def update_target(target, source, m):
-    """theta_t = m theta_t + (1 - m) theta_s. Parameters only: BN statistics are the target's own.
-    m = 0 makes the target a clone of the source as it stands before this step."""
+    """theta_t = m theta_t + (1 - m) theta_s; m = 0: a clone. BN statistics are the target's own."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - m)
 
 
 def over_crops(loss, z_src, z_tgt):
-    """The loss over all pairs of a source's and a target's bag. MultiCrop's weights (Sec. 4.1): the
-    small crops together count as much as the large views. For the source the sum, as published;
-    for the target the mean, our choice."""
+    """The loss over all pairs of bags. MultiCrop (Sec. 4.1): small crops together count as much as
+    large views. For the source the sum, as published; for the target the mean, our choice."""
     def weights(z):
         large, *small = z
         return [1.0] + [1 / len(small) for _ in small]
@@ -466,7 +454,7 @@ def train(args, about, model, sets, device):
     per_epoch = len(sets[0]) // args.batch_size  # steps, as total, warmup and last
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
     last = min(total, args.steps or total)
-    optimizer = Method.optimizer(args, model)
+    optimizer = model.optimizer(args)
     grouped = {p for group in optimizer.param_groups for p in group["params"]}
     left = [k for k, p in model.named_parameters() if p.requires_grad and p not in grouped]
     check(not left, f"in no group of the optimizer: {', '.join(left)}; see Method.optimizer()")
@@ -506,7 +494,7 @@ def train(args, about, model, sets, device):
         stop = gather(torch.tensor([max(signals, default=0)])).max().item()  # for all, if for one
         if done <= 10 or done % args.log_every == 0 or rest == 0 or done == last:
             seconds, steps = time.time() - since, done - logged
-            entry = {"step": done, "epoch": done / per_epoch, "chance": Method.chance(args), "m": m,
+            entry = {"step": done, "epoch": done / per_epoch, "chance": model.chance(args), "m": m,
                      "lr": args.peak_lr * factor, **numbers(model, loss, spreads),
                      "img_s": steps * args.batch_size / seconds, "data_frac": waited / seconds,
                      "eta_s": (last - done) * seconds / steps}
@@ -526,8 +514,7 @@ def train(args, about, model, sets, device):
 def numbers(model, loss, spreads):
     """What a step says of itself; only steps that log wait for the device."""
     loss = (all_sum(loss.detach()) / world_size()).item()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients).item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()  # clips nothing
     check(math.isfinite(loss) and math.isfinite(norm), f"the loss is {loss}, the gradient's norm "
           f"{norm}; is --lr too large? last.pt is as before")
     return {"loss": loss, "grad_norm": norm, **{k: v.item() for k, v in spreads.items()}}
@@ -540,11 +527,9 @@ def measure(args, model, sets, device):
     result = variances(args, model, images, device)
     if bank is not None:
         sync_buffers(model)
-        model.eval()
         net, size = model.source.backbone, args.img_size
         if rank() == 0:  # the others wait at the next exchange
             result["knn"] = knn.accuracy(net, bank, queries, size, args.workers, device)
-        model.train()
     return result
 
 
@@ -645,8 +630,7 @@ def load(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # a truncated or foreign file raises nearly anything
-        reason = f"{type(e).__name__}: {e}".splitlines()[0].split(". ")[0]
-        check(False, f"{path} cannot be read ({reason})")
+        check(False, f"{path} cannot be read ({type(e).__name__}: {str(e).partition('. ')[0]})")
 
 
 def fit(module, weights, path):
@@ -741,7 +725,7 @@ def work(args):
         f"{args.amp}\n  a backbone has {millions(model.source.backbone.parameters())} parameters, "
         f"all {millions(model.parameters())}; {millions(model.buffers())} numbers in buffers\n"
         f"  {args.epochs} epochs of {n // batch} steps; lr {args.lr} x {batch}/256 = "
-        f"{args.peak_lr:.4g}; chance {Method.chance(args):.3f}; output: {args.out}")
+        f"{args.peak_lr:.4g}; chance {model.chance(args):.3f}; output: {args.out}")
     if args.show_views and rank() == 0:
         data.show_views(args.show_views, images, plan_views(args), args.seed)
     if not (args.show_views or args.dry_run):

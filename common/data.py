@@ -68,52 +68,40 @@ class Images:
         rows = np.asarray(rows)  # a tensor of one number would make of paths a single one
         return replace(self, **{k: v[rows] for k, v in columns.items() if v is not None})
 
-    def decode(self, row, shrink=None, lost=None):
-        """Image number row as uint8 (3, h, w), and the row it really is: one that cannot be read is
-        replaced by the next, so that processes and resumed runs agree. More: see read_image()."""
+    def decode(self, row, lost=None):
+        """Image number row as uint8 (3, h, w), the row it really is, and what was wrong, or "". One
+        that cannot be read is replaced by the next, so that processes and resumed runs agree."""
+        wrong = ""
         if self.pixels is not None:
-            return self.pixels[row], row
+            return self.pixels[row], row, wrong
         for i in range(100):
             there = (row + i) % len(self)
             path = os.fsdecode(self.paths[there])
             try:
-                return read_image(path, shrink, lost), there
+                return read_image(path, lost), there, wrong
             except Exception as e:  # PIL raises nearly anything
-                why = f"{type(e).__name__}: {e}"
-        raise DataError(f"no readable image among 100, the last {path} ({why})")
+                wrong = wrong or f"{path} ({type(e).__name__}: {e})"
+        raise DataError(f"no readable image among 100, the first {wrong}")
 
     @classmethod
-    def report(cls, paths):
-        """Names, with the reason, and counts unreadable images."""
-        cls.unreadable += len(paths)
-        for path in map(os.fsdecode, paths):
-            why = "now it can be read"
-            try:
-                read_image(path)
-            except Exception as e:
-                why = f"{type(e).__name__}: {e}"
-            print(f"unreadable image, replaced by the next: {path} ({why})", file=sys.stderr)
+    def report(cls, wrong):
+        """Names and counts unreadable images. wrong: what decode() says of each, "" if nothing."""
+        for image in filter(None, wrong):
+            cls.unreadable += 1
+            print(f"unreadable image, replaced by the next: {image}", file=sys.stderr)
 
 
-def read_image(path, shrink=None, lost=None):
+def read_image(path, lost=None):
     """An image file as uint8 (3, h, w): turned as its EXIF says, grey repeated, CMYK converted, put
     on white where it is transparent. ValueError for more than 8 bits, as a file does not say which
-    value is white. shrink(height, width): so many times smaller it may come, as JPEG files are
-    decoded faster by 2, 4 or 8. lost: a Counter of what is dropped."""
+    value is white. lost: a Counter of what is dropped."""
     with Image.open(path, formats=FORMATS) as image:
         coding = f"{image.mode} {image.tile[:1]}"
         if re.search("^[FI]|;16", coding):  # PIL would clip grey, and take the upper bits of colour
             raise ValueError("more than 8 bits, of unknown range; save it with 8 bits")
-        if image.format not in ("JPEG", "MPO"):
-            image.load()  # before EXIF is read: in PNG it may come last, and TIFF turns itself
-        sideways = False
+        image.draft(None, (1024, 1024))  # a JPEG file of 2048 or more: 2, 4 or 8 times smaller
+        image.load()  # before EXIF is read: in PNG it may come last, and TIFF turns itself
         with contextlib.suppress(Exception):  # broken EXIF is no broken image
-            sideways = image.getexif().get(0x0112) in (5, 6, 7, 8)
-        width, height = image.size[::-1] if sideways else image.size
-        if shrink and (times := int(shrink(height, width))) > 1:
-            image.draft(None, (image.width // times, image.height // times))
-        image.load()
-        with contextlib.suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
 
         if lost is not None:
@@ -330,8 +318,8 @@ def in_memory(images, tell):
     sample = range(0, len(images), max(1, len(images) // 50))
     lost, shapes, low, high = Counter(), set(), 255, 0
     for row in sample:
-        pixels, there = images.decode(row, lost=lost)
-        lost["what cannot be read: the next instead"] += there != row
+        pixels, _, wrong = images.decode(row, lost)
+        lost["what cannot be read: the next instead"] += wrong != ""
         shapes.add(pixels.shape)
         low, high = min(low, pixels.min().item()), max(high, pixels.max().item())
     if high - low < 2:  # masks of 0 and 1, say, or transparent all over
@@ -344,11 +332,11 @@ def in_memory(images, tell):
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
     with ThreadPoolExecutor(8) as pool:
-        pixels, rows = zip(*pool.map(images.decode, range(len(images))), strict=True)
+        pixels, rows, wrong = zip(*pool.map(images.decode, range(len(images))), strict=True)
     if len({x.shape for x in pixels}) > 1:
         return images
     if tell:
-        images.report([images.paths[i] for i, row in enumerate(rows) if i != row])
+        images.report(wrong)
     return replace(images[rows], pixels=torch.stack(pixels))
 
 
@@ -398,29 +386,22 @@ def draw_demo(n, seed, size=32):
 
 class Crops(torch.utils.data.Dataset):
     """The workers' side: (step, row) -> an image's crops, uint8 (3, s, s) for each View of views,
-    and the row asked for and the one it really is, see Images.decode()."""
+    the row that it really is, and what was wrong, see Images.decode()."""
 
     def __init__(self, images, views, seed):
         self.images, self.views, self.seed = images, views, seed
 
     def __getitem__(self, key):
-        (step, row), boxes, full = key, [], 1
-
-        def shrink(height, width):  # boxes keep twice the size of their crops, lest these blur
-            nonlocal boxes, full
-            generator, full = rng(self.seed, "crops", step, row), height
-            scales = [view.recipe.scale for view in self.views]
-            boxes = crop_boxes(len(scales), height, width, scales, generator).tolist()
-            return min(min(b[2:]) / v.size / 2 for b, v in zip(boxes, self.views, strict=True))
-
-        image, really = self.images.decode(row, shrink)
-        crops, times = [], full / image.shape[1]
+        step, row = key
+        image, really, wrong = self.images.decode(row)
+        scales, generator = [v.recipe.scale for v in self.views], rng(self.seed, "crops", step, row)
+        boxes = crop_boxes(len(scales), *image.shape[1:], scales, generator).tolist()
+        crops = []
         for (top, left, h, w), view in zip(boxes, self.views, strict=True):
-            top, bottom, left, right = (round(x / times) for x in (top, top + h, left, left + w))
-            box = image[:, top:bottom, left:right]
+            box = image[:, top : top + h, left : left + w]
             crops.append(resize(box, view.size, view.recipe.bicubic))
         # a tensor too: numbers would be put into shared memory by a thread that hides errors
-        return crops, torch.tensor([row, really])
+        return crops, torch.tensor(really), wrong
 
 
 class Centres(torch.utils.data.Dataset):
@@ -430,12 +411,12 @@ class Centres(torch.utils.data.Dataset):
         self.images, self.size, self.share, self.bicubic = images, size, share, bicubic
 
     def __getitem__(self, row):
-        image, really = self.images.decode(row)
+        image, really, wrong = self.images.decode(row)
         h, w = image.shape[1:]
         side = round(min(h, w) * self.share)
         top, left = (h - side) // 2, (w - side) // 2
         square = image[:, top : top + side, left : left + side]
-        return [resize(square, self.size, self.bicubic)], torch.tensor([row, really])
+        return [resize(square, self.size, self.bicubic)], torch.tensor(really), wrong
 
 
 def resize(image, size, bicubic=False):
@@ -499,11 +480,12 @@ def loader(dataset, batches, workers, device):
     if workers and sys.platform == "linux":
         more["multiprocessing_context"] = "fork"  # 3.14's default would import torch in each
 
-    images, kind = dataset.images, torch.get_default_dtype()
+    kind = torch.get_default_dtype()
     try:
-        for crops, rows in torch.utils.data.DataLoader(dataset, batch_sampler=batches, **more):
-            images.report([images.paths[row] for row, really in rows.tolist() if row != really])
-            yield [x.to(device, non_blocking=True).to(kind) / 255 for x in crops], rows[:, 1]
+        for crops, rows, wrong in torch.utils.data.DataLoader(
+                dataset, batch_sampler=batches, **more):
+            Images.report(wrong)
+            yield [x.to(device, non_blocking=True).to(kind) / 255 for x in crops], rows
     except (DataError, RuntimeError) as e:  # a worker's
         why = str(e)
         if "shared memory" in why:
@@ -525,15 +507,12 @@ def begin_worker(worker):
 def show_views(path, images, plan, seed):
     """Draws the first eight images: in a row each, the source's views, white, the target's."""
     steps, plain = [(0, torch.arange(min(8, len(images))))], replace(images, stats=RAW)
-    ((sides, _),) = stream(plain, plan, steps, seed, slice(None), 0, "cpu")
-    columns, edge = [], plan[0][0][0].size
-    for bags in sides:
-        for x in sum(bags, []):
-            columns.append(F.pad(x, (0, edge - x.shape[3]) * 2, value=1.0))
-        columns.append(torch.ones_like(columns[0]))
-    tiles = torch.stack(columns[:-1], 1).flatten(0, 1)
+    (((src, tgt), _),) = stream(plain, plan, steps, seed, slice(None), 0, "cpu")
+    views, edge = [*sum(src, []), torch.ones_like(src[0][0]), *sum(tgt, [])], plan[0][0][0].size
+    columns = [F.pad(x, (0, edge - x.shape[3]) * 2, value=1.0) for x in views]
+    tiles = torch.stack(columns, 1).flatten(0, 1)
     tiles = F.interpolate(tiles, scale_factor=max(1, 96 // edge))
     try:
-        torchvision.utils.save_image(tiles, path, nrow=len(columns) - 1, pad_value=1.0)
+        torchvision.utils.save_image(tiles, path, nrow=len(columns), pad_value=1.0)
     except (OSError, ValueError) as e:  # no such folder; no such format
         raise DataError(f"--show-views {path}: {e}") from e

@@ -10,11 +10,13 @@ BANK, QUERIES = 10_000, 2_000  # images that answer and that ask, evenly spaced
 
 @torch.no_grad()
 def accuracy(backbone, bank, queries, size, workers, device):
-    """Share of queries that are classified rightly. backbone, in eval mode: images -> (n, c)."""
-    sets = []
+    """Share of queries classified rightly. backbone: images -> (n, c), here in eval mode."""
+    sets, training = [], backbone.training
+    backbone.eval()
     for images, most in ((bank, BANK), (queries, QUERIES)):
         rows = torch.linspace(0, len(images) - 1, min(most, len(images))).long()
         sets.append(features(backbone, images, rows, size, workers, device))
+    backbone.train(training)
     return vote(*sets)
 
 

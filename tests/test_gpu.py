@@ -32,7 +32,7 @@ def test_a_step_in_bf16_is_near_float32_and_never_waits(script, flags, request):
     for amp in ("off", "bf16"):
         args = small_args(module, f"{flags} --batch-size 64 --amp {amp}")
         model = build(module, args).to("cuda")
-        optimizer = module.Method.optimizer(args, model)
+        optimizer = model.optimizer(args)
         batches = ((step, torch.arange(48).repeat(2)[:64]) for step in range(3))
         plan = module.plan_views(args)
         stream = data.stream(small_images(), plan, batches, args.seed, slice(None), 0, "cuda")

@@ -92,7 +92,7 @@ def test_the_positive_is_not_in_the_denominator(script):
     s = (z @ keys.T / 0.3).double().numpy()
     naive = [np.log(sum(np.exp(s[i, j]) for j in range(7) if j != i)) - s[i, i] for i in range(7)]
     assert model.info_nce(z, keys).item() == pytest.approx(np.mean(naive), rel=1e-5)  # Eq. 1
-    alike, chance = z[:1].expand(16, 16), script.Method.chance(small_args(script))
+    alike, chance = z[:1].expand(16, 16), model.chance(small_args(script))
     assert model.info_nce(alike, alike).item() == pytest.approx(chance, rel=1e-5)
 
 

@@ -189,8 +189,8 @@ def test_chance_is_the_loss_of_encodings_that_tell_nothing(script):
         if script in (MOCOV2, BARLOW) or script is SIMCLR and not case:
             del terms["--symmetrize --bn-groups 1"]
         for flags, n in terms.items():
-            chance = script.Method.chance(small_args(script, f"{case} {flags}"))
-            assert chance == pytest.approx(n * sum(losses), rel=0.02, abs=0.02)
+            args = small_args(script, f"{case} {flags}")
+            assert undrawn(script, args).chance(args) == pytest.approx(n * sum(losses), rel=0.02, abs=0.02)
 
 
 @each
@@ -328,13 +328,13 @@ def test_optimisers_and_learning_rates_in_training(script, tmp_path, monkeypatch
     args, model = shaken(script, "--lr 0.32 --wd 0.03 --epochs 2 --warmup-epochs .5 --knn-every 0")
     args.seed, stream = 3, Mock(wraps=script.data.stream)
     args.out, args.lr_bias, rates = tmp_path, 0.16, []
-    optimizer = script.Method.optimizer(args, model)
+    optimizer = model.optimizer(args)
     optimizer.register_step_pre_hook(lambda o, *_: rates.append([g["lr"] for g in o.param_groups]))
     model.hack = nn.Parameter(torch.ones(2))
-    groups = script.Method.optimizer(args, model).param_groups
+    groups = model.optimizer(args).param_groups
     assert any(p is model.hack for group in groups for p in group["params"])
 
-    monkeypatch.setattr(script.Method, "optimizer", lambda args, model: optimizer)
+    monkeypatch.setattr(script.Method, "optimizer", lambda *_: optimizer)
     monkeypatch.setattr(script, "SIGNALS", ())
     monkeypatch.setattr(script.data, "stream", stream)
     job = args, {"code": ""}, model, (small_images(48), None, None), torch.device("cpu")

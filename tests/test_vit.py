@@ -84,7 +84,7 @@ def test_the_patch_projection_is_frozen_unless_asked(flags, frozen):
     args = small_args(M, f"--arch vit_tiny --wd 0.03 {flags}")
     model = build(M, args)
     conv = model.source.backbone.conv_proj
-    before, optimizer = conv.weight.clone(), M.Method.optimizer(args, model)
+    before, optimizer = conv.weight.clone(), model.optimizer(args)
     src, tgt, generator = views_of(M, args)
     model(src, tgt, 0.9, generator)[0].backward()
     optimizer.step()

@@ -142,7 +142,7 @@ def count(name, flags, world, batch=32):
 
         torch.manual_seed(0)
         model = script.Method(args).to(META)
-        optimizer = script.Method.optimizer(args, model)
+        optimizer = model.optimizer(args)
         for group in optimizer.param_groups:
             group["foreach"] = True  # torch's choice on CUDA
         replace(model.source, forward=step.within("source", model.source.forward))

@@ -58,7 +58,7 @@ class Stepper:
         a.amp = cli.amp
         torch.manual_seed(0)
         self.model = self.script.Method(a).to(self.device)
-        self.optimizer = self.script.Method.optimizer(a, self.model)
+        self.optimizer = self.model.optimizer(a)
         self.images = data.Images(pictures(2 * a.batch_size, 32 if a.img_size <= 64 else a.img_size), stats=data.HALF)
         self.plan, self.steps = self.script.plan_views(a), itertools.count()
         steps = ((s, torch.arange(a.batch_size) + s % 2 * a.batch_size) for s in itertools.count())
