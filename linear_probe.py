@@ -40,7 +40,7 @@ from torchvision.transforms import Normalize
 from common import data, knn, resnet
 from common.augment import V2, View, rng, weak
 from common.distributed import all_sum, barrier, check_launch, gather, mine, rank, say, world_size
-from common.flags import amount, check, fraction, parser, positive, whole
+from common.flags import amount, check, code_digest, fraction, parser, positive, whole
 from common.lars import LARS
 from common.transfer import METRICS, TRANSFER
 from mocov2_asym import SIGNALS, fit, join_processes, launch, lr_factor
@@ -151,8 +151,8 @@ def lbfgs_probe(args, task):
     l2 = max(scores, key=scores.get)  # the strongest of equals
     final = fit_l2(x, labels, task.classes, l2, fits[l2], 10 * args.max_iter)
     short = [f"{l2:.2g}" for l2, fitted in fits.items() if not fitted.solved]
-    if not final.solved:
-        say(f"warning: the final fit did not converge; raise --max-iter {args.max_iter}")
+    if not (final.solved and fits[l2].solved):
+        say(f"warning: the fit at l2 {l2:.2g} did not converge; raise --max-iter {args.max_iter}")
     value = grade(task, final.predict, task.test_x.to(device).double(), task.test_labels)
     return {"value": value, "chosen": {"l2": l2}, "rule": "l2 search", "scores": scores,
             "unsolved": short}
@@ -328,6 +328,8 @@ def load_backbone(args):
         names, state = find_backbone(state, args.encoder, path)
         net, arch, size = of_others(args, state)
     if not args.untrained:
+        whole = [k for k, v in state.items() if not v.is_floating_point() and "batches" not in k]
+        check(not whole, f"{path}: {whole[:1]} and others are integers; is it quantised?")
         fit(net, state, f"{path} (its {names}*; nearest is {arch})")
 
     mean = args.mean or run.get("mean", data.IMAGENET[0])
@@ -373,6 +375,8 @@ def of_run(args, run, path):
           f"another version of these scripts, or {script.name} is not beside linear_probe.py; put "
           "it there, or copy backbone.pth elsewhere, and give args.json's --mean --std --img-size")
     module = importlib.import_module(method)
+    if run.get("code") != code_digest(script):
+        say(f"note: {script.name} or common/ changed since {path} was trained")
     return getattr(module.Method(SimpleNamespace(**run)), args.encoder).backbone
 
 
@@ -436,7 +440,7 @@ def of_others(args, state):
 
 # ============================================================================== flags
 MAY_DIFFER = {  # between a probe and its continuation
-    "checkpoint", "data", "data_root", "device", "download", "export", "names", "nproc",
+    "checkpoint", "data", "data_root", "device", "download", "export", "images", "names", "nproc",
     "out", "overwrite", "save_features", "torch", "workers"}
 
 
@@ -540,9 +544,8 @@ def probe(args, net, backbone):
     tasks, absent = load_tasks(args)
     refuse_unreadable()
     resolve(args, tasks)
-    about = {**vars(args), **backbone, "torch": torch.__version__}
-    for name, task in tasks.items():
-        about[f"images of {name}"] = [task.images.names, task.test_images.names]
+    seen = {name: [t.images.names, t.test_images.names] for name, t in tasks.items()}
+    about = {**vars(args), **backbone, "torch": torch.__version__, "images": seen}
     about = json.loads(json.dumps(about, default=str))  # as in the file
     results = open_run(args, about)
 
@@ -612,7 +615,8 @@ def report(args, results, absent):
         say(f"\n{'':12s} paper   here   in %; {args.protocol}, {r['rule']} (the paper: lr search)")
         for name, t in TRANSFER.items():
             here = f"{100 * results[name]['value']:.1f}" if name in results else "-"
-            note = f"; {absent[name]}" if name in absent else ""
+            note = "; the paper's is probably another" if name == "voc2007" else ""
+            note += f"; {absent[name]}" if name in absent else ""
             say(f"{t.title:12s}{t.paper:6.1f} {here:>6s}   {t.metric}{note}")
 
 
@@ -624,8 +628,10 @@ def open_run(args, about):
     barrier()  # all have looked
 
     if old:
-        differ = [f"{name} {old[name]} there, {value} here" for name, value in about.items()
-                  if name not in MAY_DIFFER and old.get(name, value) != value]
+        differ = [f"{name} {old.get(name)} there, {value} here" for name, value in about.items()
+                  if name not in MAY_DIFFER and old.get(name) != value]
+        differ += [f"other images of {name}" for name, names in about["images"].items()
+                   if old["images"].get(name, names) != names]
         check(not differ, f"--out {out} holds another probe ({', '.join(differ)}); use another, or "
               "--overwrite")
         return old["results"]

@@ -179,7 +179,7 @@ class Encoder(nn.Module):
         """The mean encoding (n, d), not normalised, of each bag's views (n, 3, s, s): a list. The
         first bag holds the large views, encoded jointly: if several, MeanEnc (Sec. 4.5). Each other
         bag holds a small crop (MultiCrop, Sec. 4.1); they go through in one pass. shuffle: None, or
-        what draws other batch-mates for BN. track: whether large views move running statistics."""
+        a generator of other batch-mates for BN. track: large views move running statistics."""
         large, *small = bags
         encodings = [self.encode(large, 1, shuffle, track).mean(0)]
         if small:

@@ -42,6 +42,8 @@ from common.distributed import all_sum, barrier, check_launch, gather, mine, ran
 from common.flags import amount, check, code_digest, fraction, parser, positive, whole
 
 # ============================================================================== method: recipes
+from argparse import BooleanOptionalAction
+
 from torchvision.models import VisionTransformer
 
 from common.lars import LARS
@@ -196,8 +198,8 @@ def is_vit(args):
 
 
 def vit_flags(flag):
-    flag("--no-stop-grad-conv1", dest="stop_grad_conv1", action="store_false",
-         help="a ViT's patch projection learns; as initialised, it steadies training")
+    flag("--stop-grad-conv1", action=BooleanOptionalAction, default=True,
+         help="a ViT's patch projection stays as initialised, which steadies training")
 
 
 def vit_checks(args):
@@ -282,7 +284,7 @@ class Encoder(nn.Module):
         """The mean encoding (n, d), not normalised, of each bag's views (n, 3, s, s): a list. The
         first bag holds the large views, encoded jointly: if several, MeanEnc (Sec. 4.5). Each other
         bag holds a small crop (MultiCrop, Sec. 4.1); they go through in one pass. shuffle: None, or
-        what draws other batch-mates for BN. track: whether large views move running statistics."""
+        a generator of other batch-mates for BN. track: large views move running statistics."""
         large, *small = bags
         encodings = [self.encode(large, 1, shuffle, track).mean(0)]
         if small:
@@ -397,7 +399,7 @@ def sync_buffers(model):
 # ============================================================================== shared: heads
 def mlp(sizes, bn, last=(), bias=False, last_bias=False):
     """Linear layers of these sizes with BN and ReLU between them: (n, sizes[0]) -> (n, sizes[-1]).
-    last: modules after it. bias: of those before a BN, which cancels it; last_bias: of the last."""
+    last: modules at the end. bias: of layers before BN, which cancels it; last_bias: the last's."""
     layers = []
     for width, next_width in zip(sizes[:-2], sizes[1:-1], strict=True):
         layers += [nn.Linear(width, next_width, bias=bias), bn(next_width), nn.ReLU(inplace=True)]

@@ -99,7 +99,7 @@ def read_image(path, lost=None):
         coding = f"{image.mode} {image.tile[:1]}"
         if re.search("^[FI]|;16", coding):  # PIL would clip grey, and take the upper bits of colour
             raise ValueError("more than 8 bits, of unknown range; save it with 8 bits")
-        image.draft(None, (1024, 1024))  # a JPEG file of 2048 or more: 2, 4 or 8 times smaller
+        image.draft(None, (1024, 1024))  # JPEG, both sides 2048 or more: 2, 4 or 8 times smaller
         image.load()  # before EXIF is read: in PNG it may come last, and TIFF turns itself
         with contextlib.suppress(Exception):  # broken EXIF is no broken image
             ImageOps.exif_transpose(image, in_place=True)

@@ -397,7 +397,8 @@ def test_crops_and_centres_equal_torchvision(both):
 
 
 @pytest.mark.parametrize("turn, size, decoded", [
-    (1, (2048, 2731), (1024, 1366)), (6, (2048, 2731), (1366, 1024)), (1, (2047, 2731), (2047, 2731))])
+    (1, (2048, 2731), (1024, 1366)), (6, (2048, 2731), (1366, 1024)),
+    (1, (4096, 4160), (1024, 1040)), (1, (2047, 2731), (2047, 2731))])
 def test_large_jpeg_files_are_decoded_smaller(tmp_path, turn, size, decoded):
     """By 2, 4 or 8, to 1024 px or more; and to nearly what the whole is, made as small."""
     x = TF.resize(torch.randint(50, 200, (3, 9, 12), generator=rng(1)).byte(), size)

@@ -204,11 +204,13 @@ def test_a_fit_starts_at_another_and_says_whether_it_is_solved(capsys, monkeypat
     cold = probe.fit_l2(x, labels, 3, 0.1)
     assert probe.fit_l2(x, labels, 3, 0.1, cold).iterations <= 5 < cold.iterations
     monkeypatch.setattr(probe, "L2_SWEEP", [1e-3])
-    for most, words in ((100, ""), (1, "the final fit did not converge; raise --max-iter 1")):
+    words = "the fit at l2 0.001 did not converge; raise --max-iter"
+    for most, search, final in ((100, True, True), (10, False, True), (1, False, False)):
+        assert probe.fit_l2(x[task.rest], labels[task.rest], 3, 1e-3, None, most).solved == search
+        assert probe.fit_l2(x, labels, 3, 1e-3, None, 10 * most).solved == final
         found = probe.lbfgs_probe(args_of("--max-iter", most), task)
         said = capsys.readouterr().out
-        assert words in said and bool(words) == bool(said) == bool(found["unsolved"]), most
-        assert bool(words) != probe.fit_l2(x, labels, 3, 1e-3, None, 10 * most).solved
+        assert bool(said) == bool(found["unsolved"]) == (words in said) != search, most
 
 
 # ---- metrics ----
@@ -417,7 +419,7 @@ def test_a_run_tells_its_sizes_and_both_its_encoders(run_folder):
     assert told["size"] == 24 and net[0](torch.ones(1, 3, 2, 2)).eq(1).all()
 
 
-def test_a_runs_network_is_that_of_its_own_script(run_folder, tmp_path, monkeypatch):
+def test_a_runs_network_is_that_of_its_own_script(run_folder, tmp_path, monkeypatch, capsys):
     """A researcher's script beside the probe, with a network that no other file knows."""
     monkeypatch.setattr(probe, "__file__", str(tmp_path / "linear_probe.py"))
     monkeypatch.syspath_prepend(tmp_path)
@@ -429,7 +431,11 @@ def test_a_runs_network_is_that_of_its_own_script(run_folder, tmp_path, monkeypa
     import mine
     monkeypatch.setitem(sys.modules, "mine", mine)
     mine.main(["--data", f"{run_folder.parent}/images", "--out", "run", *RUN])
-    assert backbone("run")[1]["dim"] == 8
+    capsys.readouterr()
+    assert backbone("run")[1]["dim"] == 8 and not capsys.readouterr().out
+    Path("mine.py").write_text(Path("mine.py").read_text() + "# changed\n")
+    backbone("run")
+    assert "note: mine.py or common/ changed since run" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "mine", mocov2_asym)  # the tiny network again
     assert '"conv1.weight"' in refuse("run", *flags("knn"))
 
@@ -671,6 +677,7 @@ def test_transfer_prints_a_table_and_names_what_is_absent(run_folder, tmp_path, 
     assert "lbfgs, l2 search" in table[0]
     rows = {line[:12].strip(): line[12:].split(None, 2) for line in table[1:]}
     assert len(rows) == 13 and rows["DTD"][0] == "80.2"
+    assert rows["VOC-07"][2].endswith("is probably another")
     found = json.loads((tmp_path / "l2" / "result.json").read_text())["results"]
     assert found.keys() == {"birdsnap", "dtd", "voc2007"}
     assert found["voc2007"]["metric"] == "11-point mAP"
@@ -698,6 +705,7 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, mon
     save({"conv1.weight": Bomb()}, "evil.pth")
     save(state | {"bn1.bias": state["bn1.bias"] * math.nan}, "nan.pth")
     save({k: 0 * v for k, v in state.items()}, "zero.pth")
+    save({k: v.char() for k, v in state.items()}, "int8.pth")
     save(prefixed(state, "backbone.") | zeros("", "classifier.weight"), "solo.pth")
     last = torch.load(run_folder / "last.pt", weights_only=True)
     for i, change in enumerate(({"method": "planted"}, {"method": "../x"}, {"format": 2})):
@@ -712,6 +720,7 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, mon
         "none.pth": "no backbone, but epoch", "dino.pth": "(UnpicklingError argparse.Namespace)",
         "evil.pth": "If it holds more than tensors, and you trust it: load it with weights_only",
         "nan.pth": "are not finite", "zero.pth": "or all the same; are the weights, --mean",
+        "int8.pth": "are integers; is it quantised?",
         "solo.pth": "solo-learn pads a 3 x 3 first convolution by 2",
         "last0.pt": "planted.py is not beside", "last1.pt": "is not beside",
         "other": 'Unexpected key(s) in state_dict: "layer1.1.',
@@ -775,7 +784,7 @@ def test_out_of_another_probe_is_left_alone(run_folder, tmp_path):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert "weights" in refuse(*argv, "--knn-k", 5, "--untrained")
     assert "knn_k [5] there, [3] here" in refuse(*argv, "--knn-k", 3)
-    assert "holds another probe (images of " in refuse(
+    assert "holds another probe (other images of " in refuse(
         *argv, "--knn-k", 5, "--data", tmp_path / "images")
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
     main(*argv, "--knn-k", 3, "--overwrite")

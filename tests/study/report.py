@@ -364,7 +364,8 @@ def draw_longer(plt, cells, runs):
             axis.errorbar(x, [statistics.fmean(v) for v in values], yerr=errors, fmt="o-", capsize=2, label=place)
         axis.set(xscale="log", xlabel="epochs, times those of the recipe", ylabel=f"{title}, % ± standard error over {len(seeds)} seeds",
                  title=f"Fig. 3 at small scale: {title}")
-        axis.set_xticks([1, 2, 4], ["1", "2", "4"])
+        times = [row.split()[0] for row in lengths]
+        axis.set_xticks([int(t) for t in times], times)
         axis.minorticks_off()
     axes[1].legend()
     return figure
