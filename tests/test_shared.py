@@ -191,13 +191,14 @@ def test_the_vote_is_brute_force(k, temperature, double):
 
 
 def test_knn_sees_whole_images_evenly_spaced(script, monkeypatch):
-    net, images = build(script, small_args(script)).source.backbone.eval(), small_images(20)
+    net, images = build(script, small_args(script)).source.backbone, small_images(20)
     x = nn.functional.interpolate(images.pixels, 16, mode="bilinear", antialias=True)
-    z = F.normalize(net((x[[0, 9, 19]].float() / 255 - 0.5) / 0.25))
+    z = F.normalize(net.eval()((x[[0, 9, 19]].float() / 255 - 0.5) / 0.25))
     monkeypatch.setattr(knn, "BANK", 3)
     monkeypatch.setattr(knn, "QUERIES", 5)
     monkeypatch.setattr(knn, "vote", lambda bank, queries: (*bank, queries[1]))
-    keys, labels, truth = knn.accuracy(net, images, images, 16, 0, "cpu")
+    keys, labels, truth = knn.accuracy(net.train(), images, images, 16, 0, "cpu")
+    assert all(m.training for m in net.modules())  # and in between it was not
     close(keys, z, 1e-4, 1e-5)
     assert torch.equal(labels, images.labels[[0, 9, 19]])
     assert torch.equal(truth, images.labels[[0, 4, 9, 14, 19]])
