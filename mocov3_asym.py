@@ -811,10 +811,7 @@ def work(args):
     if args.download and rank() == 0:  # alone, and before the others look
         data.load(args.data, args.data_root, download=True)
     barrier()
-    sets = data.load(args.data, args.data_root)
-    if not augmentations(args)[0].normalize:
-        for split in filter(None, sets):
-            split.stats = data.RAW
+    sets = data.load(args.data, args.data_root, normalize=augmentations(args)[0].normalize)
     images, n, batch = sets[0], len(sets[0]), args.batch_size
     check(batch <= n, f"--batch-size {batch} is more than the {n} images of {args.data}; use less")
 

@@ -120,8 +120,11 @@ class SimCLR(nn.Module):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
         m: the target's momentum. generator: draws the shuffle. Returns the loss, a mean over the n
         images, and the spread of both encodings."""
-        if self.symmetrize:
-            return self.original(src[0][0], tgt[0][0])
+        if self.symmetrize:  # both views in one batch of 2 N, each the other's target
+            z = self.source.encode(src[0] + tgt[0], parts=1, shuffle=None, track=True)  # (2, n, d)
+            a, b = F.normalize(z, dim=2)
+            loss = self.info_nce(a, Gather.apply(b)) + self.info_nce(b, Gather.apply(a))
+            return loss, spread(a, b)
         update_target(self.target, self.source, m)
         z_src = [F.normalize(z) for z in self.source(src)]  # (n, d) for each bag
         with torch.no_grad():
@@ -137,17 +140,9 @@ class SimCLR(nn.Module):
         own = torch.arange(len(z_tgt), device=z_tgt.device)[mine()]
         logits = z_src @ z_tgt.T  # (n, N)
         if self.sources_too:
-            others = z_src @ Gather.apply(z_src).T
-            others = others.scatter(1, own[:, None], -math.inf)  # not itself
-            logits = torch.cat([logits, others], 1)
+            others = (z_src @ Gather.apply(z_src).T).scatter(1, own[:, None], -math.inf)
+            logits = torch.cat([logits, others], 1)  # but not itself
         return F.cross_entropy(logits / self.temperature, own)
-
-    def original(self, first, second):
-        """Both views in one batch of 2 N, each the other's target; the sum of two means."""
-        z = self.source([[torch.cat([first, second])]])[0]
-        a, b = F.normalize(z).chunk(2)
-        loss = self.info_nce(a, Gather.apply(b)) + self.info_nce(b, Gather.apply(a))
-        return loss, spread(a, b)
 
     def chance(self, args):
         """The loss of encodings that tell nothing."""
@@ -722,10 +717,7 @@ def work(args):
     if args.download and rank() == 0:  # alone, and before the others look
         data.load(args.data, args.data_root, download=True)
     barrier()
-    sets = data.load(args.data, args.data_root)
-    if not augmentations(args)[0].normalize:
-        for split in filter(None, sets):
-            split.stats = data.RAW
+    sets = data.load(args.data, args.data_root, normalize=augmentations(args)[0].normalize)
     images, n, batch = sets[0], len(sets[0]), args.batch_size
     check(batch <= n, f"--batch-size {batch} is more than the {n} images of {args.data}; use less")
 

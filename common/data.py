@@ -115,17 +115,23 @@ def read_image(path, lost=None):
 
 # ---- loading ----
 
-def load(name, root="data", download=False):
+def load(name, root="data", download=False, normalize=True):
     """The images to train on, and the bank and the queries of kNN, which are None without labels.
-    name: one of NAMES, a file for load_npz(), or a folder: with splits, see splits(), a class tree,
-    or plain images. Without val a tenth of the images are queries, the others the bank, and all
-    train. root: where torchvision's sets are, or go. Says what was found. Raises DataError."""
+    name: one of NAMES, a file for load_npz(), or a folder. root: where torchvision's sets are, or
+    go. normalize: by stats; else these become RAW. Says what was found. Raises DataError."""
     with contextlib.suppress(AttributeError):  # a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
-    if name in NAMES:
-        return load_named(name, root, download)
-
     tell = not download and os.environ.get("RANK", "0") == "0"
+    sets = load_named(name, root, download) if name in NAMES else load_files(name, tell)
+    if not normalize:
+        for images in filter(None, sets):
+            images.stats = RAW
+    return sets
+
+
+def load_files(name, tell):
+    """load() of a file, or of a folder: with splits, see splits(), a class tree, or plain images.
+    Without val a tenth of the images are queries, the others the bank, and all train."""
     train, held = splits(name)  # of a file: itself
     images = load_npz(train) if train.endswith(".npz") else in_memory(scan(train), tell)
     held = held if images.classes else ""
@@ -137,8 +143,6 @@ def load(name, root="data", download=False):
 
     sets, knn = (images, None, None), "no kNN"
     if held:
-        if os.path.samefile(train, held):
-            raise DataError(f"--data {name}: {queries}/ is {source}/ itself, by a link")
         val = in_memory(scan(held), tell)
         if odd := sorted(set(images.classes) ^ set(val.classes)):
             raise DataError(f"--data {name}: {source}/ and {queries}/ differ in class folders, as "
@@ -314,18 +318,13 @@ def walk(folder, left):
 
 def in_memory(images, tell):
     """Decodes a small folder of equally sized images once; returns any other as it is. Looks at
-    fifty for what is dropped of files; DataError if of one shade. tell: name the unreadable."""
+    fifty for what is dropped of files. tell: name the unreadable."""
     sample = range(0, len(images), max(1, len(images) // 50))
-    lost, shapes, low, high = Counter(), set(), 255, 0
+    lost, shapes = Counter(), set()
     for row in sample:
         pixels, _, wrong = images.decode(row, lost)
         lost["what cannot be read: the next instead"] += wrong != ""
         shapes.add(pixels.shape)
-        low, high = min(low, pixels.min().item()), max(high, pixels.max().item())
-    if high - low < 2:  # masks of 0 and 1, say, or transparent all over
-        raise DataError(f"{os.fsdecode(images.paths[0])} and others are of one shade, values from "
-                        f"{low} to {high}; wanted pictures, with values from 0 to 255")
-    lost[f"values above {high} of 255"] = (high < 128) * len(sample)
     left = [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
     images = replace(images, left=[*left, *images.left])
 
@@ -486,14 +485,9 @@ def loader(dataset, batches, workers, device):
                 dataset, batch_sampler=batches, **more):
             Images.report(wrong)
             yield [x.to(device, non_blocking=True).to(kind) / 255 for x in crops], rows
-    except (DataError, RuntimeError) as e:  # a worker's
-        why = str(e)
-        if "shared memory" in why:
-            why = "/dev/shm is too small for workers; add --workers 0, or docker run --shm-size 16g"
-        elif not isinstance(e, DataError):
-            raise
+    except DataError as e:  # a worker's
         e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
-        raise LoaderError(why) from None
+        raise LoaderError(e) from None
 
 
 def begin_worker(worker):

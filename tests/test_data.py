@@ -5,7 +5,6 @@ import itertools
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -89,10 +88,6 @@ def test_train_and_val(tmp_path):
     images, bank, queries = load(str(tmp_path))
     assert images is bank and images.labels.tolist() == [0] * 4 + [1] * 4
     assert queries.labels.tolist() == [0, 0, 1, 1] and names(queries, tmp_path) == files
-    shutil.rmtree(tmp_path / "val")
-    (tmp_path / "val").symlink_to(tmp_path / "train")
-    with pytest.raises(DataError, match="val/ is train/ itself"):
-        load(str(tmp_path))
 
 
 @pytest.mark.parametrize("files, said", [
@@ -249,20 +244,6 @@ def test_what_is_dropped_of_files_is_counted(tmp_path, capsys):
     said = capsys.readouterr().out
     for what in ("bands but three", "frames but the first", "what is transparent: now white"):
         assert f"{what}, in 1 of 4 looked at" in said
-    assert "values" not in said
-    for i, name in enumerate(("0.png", "1.png", "2.tif", "3.gif")):
-        Image.fromarray(np.eye(8, dtype=np.uint8) + i).save(tmp_path / name)
-    assert "values above 4 of 255, in 4 of 4 looked at" in load(str(tmp_path))[0].left
-
-
-@pytest.mark.parametrize("kind, said", [("L", "from 0 to 1;"), ("RGBA", "from 255 to 255;")])
-def test_sets_of_one_shade_are_refused(tmp_path, kind, said):
-    x = Image.fromarray(np.eye(8, dtype=np.uint8)).convert(kind)
-    if kind == "RGBA":
-        x.putalpha(0)
-    x.save(tmp_path / "0.png")
-    with pytest.raises(DataError, match=f"0.png and others are of one shade, values {said}"):
-        load(str(tmp_path))
 
 
 def test_broken_files_are_replaced_by_the_next_named_and_counted(tmp_path, monkeypatch, capfd):
@@ -431,11 +412,9 @@ def test_an_error_in_a_worker_ends_in_one_line_and_leaves_no_worker():
             raise error
 
     others = {*multiprocessing.active_children()}  # of other tests
-    for error, said in ((RuntimeError("unable to allocate shared memory(shm)"), "--workers 0"),
-                        (DataError("no readable image"), "no readable image")):
-        with pytest.raises(LoaderError, match=said):
-            next(data.loader(Broken(), [[error]], 2, "cpu"))
-        assert {*multiprocessing.active_children()} <= others
+    with pytest.raises(LoaderError, match="no readable image"):
+        next(data.loader(Broken(), [[DataError("no readable image")]], 2, "cpu"))
+    assert {*multiprocessing.active_children()} <= others
 
 
 def test_show_views(tmp_path):

@@ -19,14 +19,13 @@ CODE = [*SCRIPTS, *EVALUATION, *COMMON]
 NAMES = {p.stem for p in [*SCRIPTS, *EVALUATION]}
 
 # A budget that is exceeded asks for a feature less, not for code moved where nobody will find it.
-# The aims are 760 lines and 42 kB for a script, 600 for the probe, 930 for common/: where ceilings
-# below are higher, they may only come down.
+# The aims are 600 lines for the probe, 930 for common/, 60 for each diff: where ceilings below are
+# higher, they may only come down.
 SCRIPT, VIT, METHOD = 760, 100, 185  # lines; VIT comes on top of mocov3's
-MORE = {"mocov3_asym.py": 5, "simclr_asym.py": 8}  # lines over SCRIPT
 KILOBYTES, VIT_KILOBYTES = 42, 5
-LINES = {"linear_probe.py": 682, "variance_ref.py": 400, "common": 1202, "tests": 4000}
+LINES = {"linear_probe.py": 682, "variance_ref.py": 400, "common": 1196, "tests": 4000}
 WIDTH = 100
-DIFF = {("mocov3", "byol"): 60, ("byol", "simsiam"): 60, ("simclr", "barlow"): 82}  # side by side
+DIFF = {("mocov3", "byol"): 60, ("byol", "simsiam"): 60, ("simclr", "barlow"): 78}  # side by side
 
 
 def without_vit(path):
@@ -44,9 +43,9 @@ def test_the_method_comes_first_and_the_budgets_hold(path):
 
     method = text[: text.index("# ===")]  # the docstring
     method += "".join(b for k, b in blocks.items() if k.startswith("method: ") and b != vit)
-    count = {"script": len(text.splitlines()), "ViT": len(vit.splitlines()),
+    count = {"all": len(path.read_text().splitlines()), "ViT": len(vit.splitlines()),
              "method": len(method.splitlines()), "bytes": len(text.encode())}
-    assert count["script"] <= SCRIPT + MORE.get(path.name, 0), count
+    assert count["all"] <= SCRIPT + VIT * (path.name == "mocov3_asym.py"), count
     assert count["ViT"] <= VIT and count["method"] <= METHOD, count
     assert count["bytes"] <= 1000 * KILOBYTES and len(vit.encode()) <= 1000 * VIT_KILOBYTES, count
 
