@@ -94,27 +94,21 @@ def map11(logits, labels):
 METRICS = {"top-1": top1, "mean per class": mean_per_class, "11-point mAP": map11}
 
 # paper: its result in per cent. held_out: so many of train's images BYOL held out to choose by; 0:
-# there is a val split. load None: data.load() does it. where: how to get the images.
-Target = namedtuple("Target", "title paper metric held_out load where", defaults=["add --download"])
+# there is a val split. load None: data.load() does it. docs/linear_probe.md: how to get the images.
+Target = namedtuple("Target", "title paper metric held_out load")
 TOP1, MEAN = "top-1", "mean per class"
 TRANSFER = {
     "food101": Target("Food-101", 79.4, TOP1, 7575, listed("Food101", "train", "test")),
     "cifar10": Target("CIFAR-10", 92.8, TOP1, 5000, None),
     "cifar100": Target("CIFAR-100", 77.8, TOP1, 5067, None),
-    "birdsnap": Target("Birdsnap", 58.5, TOP1, 4981, None, "thomasberg.org lists "
-        "links, some dead; put the images into ROOT/birdsnap/{train,test}/SPECIES/"),
-    "sun397": Target("SUN-397", 67.8, TOP1, 3970, sun397, "add --download; put the lists of "
-        "vision.princeton.edu/projects/2010/SUN, Partitions.zip, into ROOT/SUN397/"),
-    "cars": Target("Cars", 69.7, TOP1, 1650, listed("StanfordCars", "train", "test"), "its address "
-        "is dead; install scipy, and put a copy's cars_train/, cars_test/, devkit/ and "
-        "cars_test_annos_withlabels.mat into ROOT/stanford_cars/"),
+    "birdsnap": Target("Birdsnap", 58.5, TOP1, 4981, None),
+    "sun397": Target("SUN-397", 67.8, TOP1, 3970, sun397),
+    "cars": Target("Cars", 69.7, TOP1, 1650, listed("StanfordCars", "train", "test")),
     "aircraft": Target("Aircraft", 59.3, MEAN, 0, listed("FGVCAircraft", "train", "val", "test")),
     "voc2007": Target("VOC-07", 93.8, "11-point mAP", 0, voc2007),  # 93.8: probably by another
     "dtd": Target("DTD", 80.2, TOP1, 0, listed("DTD", "train", "val", "test")),  # split 1 of ten
     "pets": Target("Pets", 87.2, MEAN, 740, listed("OxfordIIITPet", "trainval", "test")),
     "caltech101": Target("Caltech-101", 93.1, MEAN, 0, caltech101),
-    "flowers102": Target("Flowers", 92.5, MEAN, 0, listed("Flowers102", "train", "val", "test"),
-        "add --download, and install scipy"),
-    "places205": Target("Places-205", 56.8, TOP1, 20500, None,
-        "places.csail.mit.edu has it; put it into ROOT/places205/{train,val}/CLASS/"),
+    "flowers102": Target("Flowers", 92.5, MEAN, 0, listed("Flowers102", "train", "val", "test")),
+    "places205": Target("Places-205", 56.8, TOP1, 20500, None),
 }
