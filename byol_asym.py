@@ -671,11 +671,11 @@ def child(index, work, args, port):
 
 
 def guarded(work, args):
-    """work(args). Wrong data end in one line; a loader worker's error comes with its traceback."""
+    """work(args); wrong data end in one line."""
     try:
         return work(args)
     except data.DataError as e:
-        check(False, str(e).splitlines()[-1], alone=isinstance(e, data.LoaderError))
+        check(False, e)
 
 
 def join_processes(args):

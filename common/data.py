@@ -24,6 +24,7 @@ import torchvision
 from PIL import Image, ImageOps
 
 from common.augment import crop_batch, crop_boxes, crops_of, make_views, rng
+from common.flags import check
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -39,10 +40,6 @@ IN_MEMORY = 2**30  # bytes: a folder of equally sized images up to this size is 
 
 class DataError(Exception):
     """What the user can put right: the message says what was wrong, what was found, what to do."""
-
-
-class LoaderError(DataError):
-    """One met while images are loaded, perhaps by one process alone."""
 
 
 @dataclass
@@ -485,9 +482,9 @@ def loader(dataset, batches, workers, device):
                 dataset, batch_sampler=batches, **more):
             Images.report(wrong)
             yield [x.to(device, non_blocking=True).to(kind) / 255 for x in crops], rows
-    except DataError as e:  # a worker's
+    except DataError as e:  # this process's alone, perhaps
         e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
-        raise LoaderError(e) from None
+        check(False, str(e).splitlines()[-1], alone=True)  # above it is the worker's traceback
 
 
 def begin_worker(worker):
