@@ -40,7 +40,7 @@ from torchvision.transforms import Normalize
 from common import data, knn, resnet
 from common.augment import V2, View, rng, weak
 from common.distributed import all_sum, barrier, check_launch, gather, mine, rank, say, world_size
-from common.flags import amount, check, code_digest, fraction, parser, positive, whole
+from common.flags import amount, check, code_digest, fraction, given_flags, parser, positive, whole
 from common.lars import LARS
 from common.transfer import METRICS, TRANSFER
 from mocov2_asym import SIGNALS, fit, join_processes, launch, lr_factor
@@ -484,11 +484,7 @@ def parse_args(argv=None):
     if args.out is None:
         path = Path(args.checkpoint).resolve()
         parts = [path.parent.name, path.stem] if path.is_file() else [path.name]
-        args.out = "runs/linear_probe-" + "-".join(parts)
-        for name, value in vars(args).items():
-            if value != p.get_default(name) and name not in MAY_DIFFER:
-                value = "_".join(map(str, value)) if isinstance(value, list) else value
-                args.out += f"-{name}={Path(str(value)).name}".replace("=True", "")
+        args.out = "-".join(["runs/linear_probe", *parts]) + given_flags(args, p, MAY_DIFFER)
     return args
 
 

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from common import augment, data, knn, resnet
 from common.augment import View, rng
 from common.distributed import all_sum, barrier, check_launch, gather, mine, rank, say, world_size
-from common.flags import amount, check, code_digest, fraction, parser, positive, whole
+from common.flags import amount, check, code_digest, fraction, given_flags, parser, positive, whole
 
 # ============================================================================== method: recipes
 # imagenet is the original's; small too, but for its 200 epochs instead of 800. demo is our choice.
@@ -411,10 +411,7 @@ def parse_args(argv=None):
 
     if args.out is None:  # before the recipe's defaults: it names the flags that were given
         args.out = f"runs/{METHOD}-{Path(args.data).resolve().name}"
-        for name, value in sorted(vars(args).items()):
-            if value != p.get_default(name) and name not in MAY_DIFFER:
-                value = "_".join(map(str, value)) if isinstance(value, list) else value
-                args.out += f"-{name}={value}".replace("=True", "").replace("/", "_")
+        args.out += given_flags(args, p, MAY_DIFFER)
     if args.recipe is None:
         small = data.image_size(args.data) <= 64
         args.recipe = "demo" if args.data == "demo" else "small" if small else "imagenet"

@@ -30,6 +30,16 @@ positive, whole = number(int, 1), number(int, 0)
 amount, fraction = number(float, 0), number(float, 0, 1)
 
 
+def given_flags(args, p, leave):
+    """The flags that were given, without those to leave, for the name of a folder."""
+    text = ""
+    for name, value in sorted(vars(args).items()):
+        if value != p.get_default(name) and name not in leave:
+            value = "_".join(map(str, value)) if isinstance(value, list) else value
+            text += f"-{name}={value}".replace("=True", "").replace("/", "_")
+    return text
+
+
 def check(good, message, alone=False):
     """Unless good, ends the program with a line that says what was wrong, what was found and what
     to do, exit code 2: once a node, or by this process alone, if the others may not fail."""
