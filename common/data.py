@@ -482,9 +482,14 @@ def loader(dataset, batches, workers, device):
                 dataset, batch_sampler=batches, **more):
             Images.report(wrong)
             yield [x.to(device, non_blocking=True).to(kind) / 255 for x in crops], rows
-    except DataError as e:  # this process's alone, perhaps
+    except (DataError, RuntimeError) as e:  # this process's alone, perhaps
+        why = str(e).rpartition("\n")[2]  # above it is the worker's traceback
+        if "shared memory" in str(e):
+            why = "/dev/shm is too small for workers; add --workers 0, or docker run --shm-size 16g"
+        elif not isinstance(e, DataError):
+            raise
         e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
-        check(False, str(e).splitlines()[-1], alone=True)  # above it is the worker's traceback
+        check(False, why, alone=True)
 
 
 def begin_worker(worker):
