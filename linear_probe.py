@@ -211,8 +211,8 @@ def load_tasks(args, download=False):
         except (OSError, RuntimeError, ValueError, KeyError, ImportError, data.DataError) as e:
             if not args.transfer:
                 raise
-            absent[name] = (f"{name} is not in {args.data_root}/ ({str(e).splitlines()[0]}): add "
-                            "--download, or see docs/linear_probe.md, Data of Table 4")
+            absent[name] = (f"{name} is not in {args.data_root}/ ({str(e).splitlines()[0]}): see "
+                            "docs/linear_probe.md, Data of Table 4")
     check(tasks, "; ".join(absent.values()))
     return tasks, absent
 

@@ -120,11 +120,12 @@ class SimCLR(nn.Module):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
         m: the target's momentum. generator: draws the shuffle. Returns the loss, a mean over the n
         images, and the spread of both encodings."""
-        if self.symmetrize:  # both views in one batch of 2 N, each the other's target
+        if self.symmetrize:  # both views in one batch of 2 N, each the other's target: two means
             z = self.source.encode(src[0] + tgt[0], parts=1, shuffle=None, track=True)  # (2, n, d)
             a, b = F.normalize(z, dim=2)
             loss = self.info_nce(a, Gather.apply(b)) + self.info_nce(b, Gather.apply(a))
             return loss, spread(a, b)
+
         update_target(self.target, self.source, m)
         z_src = [F.normalize(z) for z in self.source(src)]  # (n, d) for each bag
         with torch.no_grad():
@@ -140,8 +141,9 @@ class SimCLR(nn.Module):
         own = torch.arange(len(z_tgt), device=z_tgt.device)[mine()]
         logits = z_src @ z_tgt.T  # (n, N)
         if self.sources_too:
-            others = (z_src @ Gather.apply(z_src).T).scatter(1, own[:, None], -math.inf)
-            logits = torch.cat([logits, others], 1)  # but not itself
+            others = z_src @ Gather.apply(z_src).T
+            others = others.scatter(1, own[:, None], -math.inf)  # not itself
+            logits = torch.cat([logits, others], 1)
         return F.cross_entropy(logits / self.temperature, own)
 
     def chance(self, args):

@@ -115,13 +115,13 @@ def read_image(path, lost=None):
 def load(name, root="data", download=False, normalize=True):
     """The images to train on, and the bank and the queries of kNN, which are None without labels.
     name: one of NAMES, a file for load_npz(), or a folder. root: where torchvision's sets are, or
-    go. normalize: by stats; else these become RAW. Says what was found. Raises DataError."""
+    go. normalize=False: stats become RAW. Says what was found. Raises DataError."""
     with contextlib.suppress(AttributeError):  # a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")  # for names, now and later
     tell = not download and os.environ.get("RANK", "0") == "0"
     sets = load_named(name, root, download) if name in NAMES else load_files(name, tell)
-    if not normalize:
-        for images in filter(None, sets):
+    for images in sets:
+        if images is not None and not normalize:
             images.stats = RAW
     return sets
 
@@ -132,14 +132,16 @@ def load_files(name, tell):
     train, held = splits(name)  # of a file: itself
     images = load_npz(train) if train.endswith(".npz") else in_memory(scan(train), tell)
     held = held if images.classes else ""
-    source, queries = (os.path.basename(os.path.abspath(path)) for path in (train, held))
-    left = list(images.left)
+    source, left = os.path.basename(os.path.abspath(train)), list(images.left)
     if train != name:
         others = (x for x in sum(listing(name), []) if os.path.join(name, x) not in (train, held))
         left += [f"{x} beside {source}" for x in others]
 
     sets, knn = (images, None, None), "no kNN"
     if held:
+        queries = os.path.basename(held)
+        if os.path.samefile(train, held):
+            raise DataError(f"--data {name}: {queries}/ is {source}/ itself, by a link")
         val = in_memory(scan(held), tell)
         if odd := sorted(set(images.classes) ^ set(val.classes)):
             raise DataError(f"--data {name}: {source}/ and {queries}/ differ in class folders, as "
@@ -469,7 +471,7 @@ def centres(images, rows, size, workers, device, share=None, bicubic=False, batc
 
 def loader(dataset, batches, workers, device):
     """Yields, for each list of keys in batches, the dataset's crops of them, as floats in [0, 1] on
-    the device, and the rows that they really are; names those that cannot be read."""
+    the device, and the rows that they really are; names those that cannot be read, or ends."""
     more = {"num_workers": workers, "worker_init_fn": begin_worker,
             "pin_memory": torch.device(device).type == "cuda",
             "generator": torch.Generator()}  # else it would draw from the global one
@@ -483,7 +485,7 @@ def loader(dataset, batches, workers, device):
             Images.report(wrong)
             yield [x.to(device, non_blocking=True).to(kind) / 255 for x in crops], rows
     except (DataError, RuntimeError) as e:  # this process's alone, perhaps
-        why = str(e).rpartition("\n")[2]  # above it is the worker's traceback
+        why = str(e).strip().rpartition("\n")[2]  # above it is the worker's traceback
         if "shared memory" in str(e):
             why = "/dev/shm is too small for workers; add --workers 0, or docker run --shm-size 16g"
         elif not isinstance(e, DataError):

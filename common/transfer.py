@@ -91,12 +91,12 @@ def map11(logits, labels):
     return sum(means) / max(1, len(means))
 
 
-METRICS = {"top-1": top1, "mean per class": mean_per_class, "11-point mAP": map11}
+TOP1, MEAN, MAP = "top-1", "mean per class", "11-point mAP"
+METRICS = {TOP1: top1, MEAN: mean_per_class, MAP: map11}
 
-# paper: its result in per cent. held_out: so many of train's images BYOL held out to choose by; 0:
-# there is a val split. load None: data.load() does it. docs/linear_probe.md: how to get the images.
+# How to get the images: docs/linear_probe.md. paper: its result in per cent. held_out: so many of
+# train's images BYOL held out to choose by; 0: there is a val split. load None: by data.load().
 Target = namedtuple("Target", "title paper metric held_out load")
-TOP1, MEAN = "top-1", "mean per class"
 TRANSFER = {
     "food101": Target("Food-101", 79.4, TOP1, 7575, listed("Food101", "train", "test")),
     "cifar10": Target("CIFAR-10", 92.8, TOP1, 5000, None),
@@ -105,7 +105,7 @@ TRANSFER = {
     "sun397": Target("SUN-397", 67.8, TOP1, 3970, sun397),
     "cars": Target("Cars", 69.7, TOP1, 1650, listed("StanfordCars", "train", "test")),
     "aircraft": Target("Aircraft", 59.3, MEAN, 0, listed("FGVCAircraft", "train", "val", "test")),
-    "voc2007": Target("VOC-07", 93.8, "11-point mAP", 0, voc2007),  # 93.8: probably by another
+    "voc2007": Target("VOC-07", 93.8, MAP, 0, voc2007),  # 93.8: probably of another metric
     "dtd": Target("DTD", 80.2, TOP1, 0, listed("DTD", "train", "val", "test")),  # split 1 of ten
     "pets": Target("Pets", 87.2, MEAN, 740, listed("OxfordIIITPet", "trainval", "test")),
     "caltech101": Target("Caltech-101", 93.1, MEAN, 0, caltech101),

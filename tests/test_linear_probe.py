@@ -735,7 +735,7 @@ def test_wrong_flags_and_data_are_refused_before_work(run_folder, tmp_path, monk
     class_tree(tmp_path / "images", 60)
     for argv, words in {
         "--data nowhere": "--data nowhere: ", "--data cifar10": "add --download",
-        "--transfer food101 --data-root d": "add --download", "--data images/class0": "no labels",
+        "--transfer food101 --data-root d": "see docs/", "--data images/class0": "no labels",
         "--transfer dtd birdsnap --data-root d": "dtd is not in d/",  # of all, in one line
         "--protocol knn --knn-k 55": "--knn-k 55 needs as many training images",
         "--protocol sgd --batch-size 64": "has 54 images to learn",
