@@ -113,7 +113,7 @@ class MoCoV3(nn.Module):
                 backbone, width = build_vit(args)
             else:
                 backbone, width = resnet.build(args.arch, args.img_size, body, zero_init=True)
-            return Encoder(backbone, projector(args, width, head), args.amp)
+            return Encoder(backbone, projector(args, width, head), args)
 
         self.source = encoder(args.sync_bn_src)
         self.target = encoder(args.asym_bn)
@@ -274,11 +274,12 @@ def build_vit(args):
 
 # ============================================================================== shared: networks
 class Encoder(nn.Module):
-    """Backbone and projector; amp "bf16": under autocast. Encodings have the default precision."""
+    """Backbone and projector; bf16: under autocast. Encodings have the default precision."""
 
-    def __init__(self, backbone, projector, amp):
+    def __init__(self, backbone, projector, args):
         super().__init__()
-        self.backbone, self.projector, self.bf16 = backbone, projector, amp == "bf16"
+        self.backbone, self.projector = backbone, projector
+        self.bf16, self.groups = args.amp == "bf16", args.bn_groups
 
     def forward(self, bags, shuffle=None, track=True):
         """The mean encoding (n, d), not normalised, of each bag's views (n, 3, s, s): a list. The
@@ -288,29 +289,27 @@ class Encoder(nn.Module):
         large, *small = bags
         encodings = [self.encode(large, 1, shuffle, track).mean(0)]
         if small:
-            crops = [bag[0] for bag in small]
-            encodings += self.encode(crops, len(crops), shuffle, track=False).unbind()
+            encodings += self.encode(sum(small, []), len(small), shuffle, track=False).unbind()
         return encodings
 
     def encode(self, views, parts, shuffle, track):
         """Encodings (v, n, d) of v views (n, 3, s, s). parts: BN sees so many parts, each apart."""
         x = torch.cat(views)  # view k of image i at k n + i
-        if self.bf16:
-            x = x.bfloat16()  # as autocast would before the first layer: half the bytes to gather
+        x = x.bfloat16() if self.bf16 else x  # as autocast would, but half the bytes to gather
         if shuffle is not None:  # among the images of all processes, each part by itself
             size = len(x) * world_size() // parts
             orders = [k * size + torch.randperm(size, generator=shuffle) for k in range(parts)]
             order = torch.cat(orders).to(x.device, non_blocking=True)
             x = gather(x)[order[mine()]]
 
-        # as BatchNorm expects it: row i parts + k is of part k
-        x = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)
+        groups = max(1, self.groups // world_size())  # a process holds whole groups
+        x = x.unflatten(0, (parts, -1, groups)).transpose(0, 2).flatten(0, 2)  # for BatchNorm
         x = x.contiguous(memory_format=torch.channels_last)  # convolutions are faster so
-        BatchNorm.parts, BatchNorm.track = parts, track
+        BatchNorm.parts, BatchNorm.track, BatchNorm.grouped = parts, track, True
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             z = self.projector(self.backbone(x)).to(torch.get_default_dtype())
-        BatchNorm.parts, BatchNorm.track = 1, True
-        z = z.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)  # and back
+        BatchNorm.parts, BatchNorm.track, BatchNorm.grouped = 1, True, False
+        z = z.unflatten(0, (groups, -1, parts)).transpose(0, 2).flatten(0, 2)  # and back
 
         if shuffle is not None:
             z = gather(z)[order.argsort()[mine()]]  # argsort inverts a permutation
@@ -319,10 +318,11 @@ class Encoder(nn.Module):
 
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm on virtual devices, for (n, c) and (n, c, h, w). Image i of the global batch is
-    normalised with those of group i mod G, on any number of processes; G = 1 is SyncBN. With parts,
-    row i is of part i mod parts, each with statistics of its own. Running statistics: means over
-    this process's groups; sync_buffers() takes the mean over processes."""
-    parts, track = 1, True  # in the pass at hand: Encoder.encode() sets them
+    normalised with those of group i mod G, on any number of processes; G = 1 is SyncBN. Rows are
+    (n, groups here, parts) or, if grouped, which keeps channels last, (groups here, n, parts). Each
+    part has statistics of its own. Running statistics: means over this process's groups;
+    sync_buffers() takes the mean over processes."""
+    parts, track, grouped = 1, True, False  # in the pass at hand: Encoder.encode() sets them
 
     def __init__(self, features, groups=1, affine=True):
         super().__init__(features, affine=affine)
@@ -335,18 +335,21 @@ class BatchNorm(nn.BatchNorm2d):
 
         norm = SyncNorm.apply if self.groups == 1 and world_size() > 1 else F.batch_norm
         momentum = self.momentum if self.track else 0.0
-        g = self.parts * max(1, self.groups // world_size())  # a process holds whole groups
-        if g == 1:
+        parts, groups = self.parts, max(1, self.groups // world_size())
+        if not self.grouped:  # then groups are as parts
+            parts, groups = groups * parts, 1
+        if parts == groups == 1:
             return norm(x, mean, var, weight, bias, True, momentum, self.eps)
 
-        means, variances = mean.repeat(g), var.repeat(g)
-        if self.affine:
-            weight, bias = weight.repeat(g), bias.repeat(g)
-        groups_as_channels = x.reshape(len(x) // g, -1, *x.shape[2:])  # (n / g, g c, ...)
-        y = norm(groups_as_channels, means, variances, weight, bias, True, momentum, self.eps)
+        means, variances = mean.repeat(groups, parts), var.repeat(groups, parts)
+        weight, bias = (t.repeat(parts) if self.affine else None for t in (weight, bias))
+        parts_as_channels = x.reshape(len(x) // parts, -1, *x.shape[2:])
+        each = zip(parts_as_channels.chunk(groups), means, variances, strict=True)
+        normed = [norm(rows, m, v, weight, bias, True, momentum, self.eps) for rows, m, v in each]
         if self.track:
-            mean.copy_(means.view(g, -1).mean(0))
-            var.copy_(variances.view(g, -1).mean(0))
+            mean.copy_(means.view(-1, len(mean)).mean(0))
+            var.copy_(variances.view(-1, len(var)).mean(0))
+        y = torch.cat(normed) if groups > 1 else normed[0]
         # not a view to autograd, which would copy it for the ReLU in place that follows
         return torch.ops.aten._unsafe_view(y, x.shape)
 

@@ -85,7 +85,7 @@ def norm_inputs(parts, shape, affine):
     return x, w, b, torch.randn(24, parts, *shape, generator=rng("g"))
 
 
-def norm_job(groups, parts, shape, affine):
+def norm_job(groups, parts, shape, affine, grouped):
     """This process's outputs and gradients of a BatchNorm, and its running statistics."""
     script = importlib.import_module("byol_asym")
     if "RANK" in os.environ:
@@ -93,11 +93,14 @@ def norm_job(groups, parts, shape, affine):
     mine = slice(int(os.environ.get("RANK", 0)), None, int(os.environ.get("WORLD_SIZE", 1)))
     x, w, b, g = norm_inputs(parts, shape, affine)
     bn = script.BatchNorm(shape[0], groups, affine)
-    bn.parts = parts
+    bn.parts, bn.grouped, order = parts, grouped, torch.arange(24 // script.world_size() * parts)
+    if grouped:  # the groups of this process one after another
+        here = max(1, groups // script.world_size())
+        order = order.view(-1, here, parts).transpose(0, 1).flatten()
     if affine:
         bn.load_state_dict({"weight": w, "bias": b}, strict=False)
     x = x[mine].flatten(0, 1).requires_grad_()
-    y = bn(x)
+    y = bn(x[order])[order.argsort()]
     (y * g[mine].flatten(0, 1)).sum().backward()
     script.sync_buffers(bn)
     return y.detach(), x.grad, [bn.running_mean, bn.running_var,
@@ -125,10 +128,12 @@ def naive_norm(groups, parts, shape, affine):
 @pytest.mark.parametrize("groups", [1, 4, 12])
 @pytest.mark.parametrize("shape, affine", [((3,), True), ((3, 4, 2), True), ((2, 1, 1), False)])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_batch_norm_is_a_loop_over_groups(pool, groups, parts, shape, affine):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_batch_norm_is_a_loop_over_groups(pool, grouped, groups, parts, shape, affine):
     (y, dx, rest), = pool.run(1, naive_norm, groups, parts, shape, affine, dtype=torch.float64)
     for world in (1, 2, 4):
-        results = pool.run(world, norm_job, groups, parts, shape, affine, dtype=torch.float64)
+        results = pool.run(
+            world, norm_job, groups, parts, shape, affine, grouped, dtype=torch.float64)
         for r, ours in enumerate(results):
             expected = [t[r::world].flatten(0, 1) for t in (y, dx)] + rest
             for a, b in zip([*ours[:2], *ours[2]], expected, strict=True):

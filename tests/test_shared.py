@@ -4,6 +4,7 @@ import importlib
 import math
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,8 +39,10 @@ def test_an_encoder_is_a_loop_over_bags_and_groups(script, groups, shuffled, dou
     backbone.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     a, b, *small = torch.randn(5, 8, 3, 2, 2, generator=rng(5))
     bags, generator = [[a, b], *[[s] for s in small]], rng(9)
-    z = script.Encoder(backbone, head, "off")(bags, rng(9) if shuffled else None)
-    assert len(seen) == 2 and torch.equal(seen[0], torch.cat(bags[0])) != shuffled
+    args = SimpleNamespace(amp="off", bn_groups=groups or 1)
+    z = script.Encoder(backbone, head, args)(bags, rng(9) if shuffled else None)
+    by_group = torch.cat(bags[0]).unflatten(0, (-1, groups or 1)).transpose(0, 1).flatten(0, 1)
+    assert len(seen) == 2 and torch.equal(seen[0], by_group) != shuffled
 
     for bag, found in zip(bags, z, strict=True):
         x, raw = torch.cat(bag), torch.zeros(8 * len(bag), 5)
