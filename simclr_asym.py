@@ -208,10 +208,10 @@ class Encoder(nn.Module):
             order = torch.cat(orders).to(x.device, non_blocking=True)
             x = gather(x)[order[mine()]]
 
-        groups = max(1, self.groups // world_size())  # a process holds whole groups
+        groups = max(1, self.groups // world_size()) if x.is_cpu else 1  # a GPU wants few kernels
         x = x.unflatten(0, (parts, -1, groups)).transpose(0, 2).flatten(0, 2)  # for BatchNorm
         x = x.contiguous(memory_format=torch.channels_last)  # convolutions are faster so
-        BatchNorm.parts, BatchNorm.track, BatchNorm.grouped = parts, track, True
+        BatchNorm.parts, BatchNorm.track, BatchNorm.grouped = parts, track, groups > 1
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             z = self.projector(self.backbone(x)).to(torch.get_default_dtype())
         BatchNorm.parts, BatchNorm.track, BatchNorm.grouped = 1, True, False
@@ -241,7 +241,7 @@ class BatchNorm(nn.BatchNorm2d):
 
         norm = SyncNorm.apply if self.groups == 1 and world_size() > 1 else F.batch_norm
         momentum = self.momentum if self.track else 0.0
-        parts, groups = self.parts, max(1, self.groups // world_size())
+        parts, groups = self.parts, max(1, self.groups // world_size())  # a process has whole ones
         if not self.grouped:  # then groups are as parts
             parts, groups = groups * parts, 1
         if parts == groups == 1:
@@ -250,14 +250,14 @@ class BatchNorm(nn.BatchNorm2d):
         means, variances = mean.repeat(groups, parts), var.repeat(groups, parts)
         weight, bias = (t.repeat(parts) if self.affine else None for t in (weight, bias))
         parts_as_channels = x.reshape(len(x) // parts, -1, *x.shape[2:])
-        each = zip(parts_as_channels.chunk(groups), means, variances, strict=True)
-        normed = [norm(rows, m, v, weight, bias, True, momentum, self.eps) for rows, m, v in each]
+        rows = parts_as_channels.chunk(groups) if groups > 1 else [parts_as_channels]
+        each = zip(rows, means, variances, strict=True)
+        normed = [norm(r, m, v, weight, bias, True, momentum, self.eps) for r, m, v in each]
         if self.track:
             mean.copy_(means.view(-1, len(mean)).mean(0))
             var.copy_(variances.view(-1, len(var)).mean(0))
         y = torch.cat(normed) if groups > 1 else normed[0]
-        # not a view to autograd, which would copy it for the ReLU in place that follows
-        return torch.ops.aten._unsafe_view(y, x.shape)
+        return torch.ops.aten._unsafe_view(y, x.shape)  # a view's ReLU in place would copy it
 
 
 class SyncNorm(torch.autograd.Function):

@@ -65,8 +65,8 @@ class Images:
         rows = np.asarray(rows)  # a tensor of one number would make of paths a single one
         return replace(self, **{k: v[rows] for k, v in columns.items() if v is not None})
 
-    def decode(self, row, lost=None):
-        """Image number row as uint8 (3, h, w), the row it really is, and what was wrong, or "". One
+    def decode(self, row, lost=None, need=2**16):
+        """Image number row, see read_image(), the row it really is, and what was wrong, or "". One
         that cannot be read is replaced by the next, so that processes and resumed runs agree."""
         wrong = ""
         if self.pixels is not None:
@@ -75,7 +75,7 @@ class Images:
             there = (row + i) % len(self)
             path = os.fsdecode(self.paths[there])
             try:
-                return read_image(path, lost), there, wrong
+                return read_image(path, lost, need), there, wrong
             except Exception as e:  # PIL raises nearly anything
                 wrong = wrong or f"{path} ({type(e).__name__}: {e})"
         raise DataError(f"no readable image among 100, the first {wrong}")
@@ -88,15 +88,15 @@ class Images:
             print(f"unreadable image, replaced by the next: {image}", file=sys.stderr)
 
 
-def read_image(path, lost=None):
+def read_image(path, lost=None, need=2**16):
     """An image file as uint8 (3, h, w): turned as its EXIF says, grey repeated, CMYK converted, put
     on white where it is transparent. ValueError for more than 8 bits, as a file does not say which
-    value is white. lost: a Counter of what is dropped."""
+    value is white. lost: a Counter of what is dropped. need: pixels that suffice on each side."""
     with Image.open(path, formats=FORMATS) as image:
         coding = f"{image.mode} {image.tile[:1]}"
         if re.search("^[FI]|;16", coding):  # PIL would clip grey, and take the upper bits of colour
             raise ValueError("more than 8 bits, of unknown range; save it with 8 bits")
-        image.draft(None, (1024, 1024))  # JPEG, both sides 2048 or more: 2, 4 or 8 times smaller
+        image.draft(None, (need, need))  # JPEG: 2, 4 or 8 times smaller, if need allows it
         image.load()  # before EXIF is read: in PNG it may come last, and TIFF turns itself
         with contextlib.suppress(Exception):  # broken EXIF is no broken image
             ImageOps.exif_transpose(image, in_place=True)
@@ -324,8 +324,7 @@ def in_memory(images, tell):
         pixels, _, wrong = images.decode(row, lost)
         lost["what cannot be read: the next instead"] += wrong != ""
         shapes.add(pixels.shape)
-    left = [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
-    images = replace(images, left=[*left, *images.left])
+    images.left += [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
 
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
@@ -388,10 +387,11 @@ class Crops(torch.utils.data.Dataset):
 
     def __init__(self, images, views, seed):
         self.images, self.views, self.seed = images, views, seed
+        self.need = math.ceil(max(v.size / v.recipe.scale[0] ** 0.5 for v in views))  # no upscaling
 
     def __getitem__(self, key):
         step, row = key
-        image, really, wrong = self.images.decode(row)
+        image, really, wrong = self.images.decode(row, need=self.need)
         scales, generator = [v.recipe.scale for v in self.views], rng(self.seed, "crops", step, row)
         boxes = crop_boxes(len(scales), *image.shape[1:], scales, generator).tolist()
         crops = []
@@ -409,7 +409,7 @@ class Centres(torch.utils.data.Dataset):
         self.images, self.size, self.share, self.bicubic = images, size, share, bicubic
 
     def __getitem__(self, row):
-        image, really, wrong = self.images.decode(row)
+        image, really, wrong = self.images.decode(row, need=2 * self.size)
         h, w = image.shape[1:]
         side = round(min(h, w) * self.share)
         top, left = (h - side) // 2, (w - side) // 2

@@ -267,7 +267,7 @@ def test_broken_files_are_replaced_by_the_next_named_and_counted(tmp_path, monke
     monkeypatch.setattr(data, "IN_MEMORY", 0)
     monkeypatch.setattr(Images, "unreadable", 0)
     paths = replace(load(str(tmp_path))[0], labels=torch.arange(10))
-    assert paths.left[0] == "what cannot be read: the next instead, in 4 of 10 looked at"
+    assert paths.left[-1] == "what cannot be read: the next instead, in 4 of 10 looked at"
     ((crops,),) = data.crop(paths, VIEWS[:1], [(0, torch.arange(10))], 0, slice(None), 2, "cpu")
     said = capfd.readouterr().err.splitlines()
     assert crops.shape == (10, 3, 24, 24) and Images.unreadable == len(said) == 4
@@ -382,10 +382,10 @@ def test_crops_and_centres_equal_torchvision(both):
 
 
 @pytest.mark.parametrize("turn, size, decoded", [
-    (1, (2048, 2731), (1024, 1366)), (6, (2048, 2731), (1366, 1024)),
-    (1, (4096, 4160), (1024, 1040)), (1, (2047, 2731), (2047, 2731))])
+    (1, (1200, 1600), (600, 800)), (6, (1200, 1600), (800, 600)),
+    (1, (2400, 2440), (600, 610)), (1, (1199, 1600), (1199, 1600))])
 def test_large_jpeg_files_are_decoded_smaller(tmp_path, turn, size, decoded):
-    """By 2, 4 or 8, to 1024 px or more; and to nearly what the whole is, made as small."""
+    """By 2, 4 or 8, not below what is needed; and to nearly what the whole is, made as small."""
     x = TF.resize(torch.randint(50, 200, (3, 9, 12), generator=rng(1)).byte(), size)
     exif = Image.Exif()
     exif[0x0112] = turn
@@ -393,7 +393,14 @@ def test_large_jpeg_files_are_decoded_smaller(tmp_path, turn, size, decoded):
     image.save(tmp_path / "a.jpg", quality=95, exif=exif)
     want = x.rot90(-1, (1, 2)) if turn == 6 else x
     want = TF.resize(want.double(), decoded, antialias=True)
-    assert (read_image(tmp_path / "a.jpg") - want).abs().mean() < 1
+    assert (read_image(tmp_path / "a.jpg", need=600) - want).abs().mean() < 1
+    assert read_image(tmp_path / "a.jpg").shape[1:].numel() == x.shape[1:].numel()
+    views = [View(replace(V2, scale=(share, 1.0)), size) for size, share in
+             ((268, 0.2), (96, 0.05))]  # 268**2 / 0.2 is 599.3 squared: then no crop is enlarged
+    images, seen = data.scan(str(tmp_path)), []
+    images.decode = lambda *a, **k: seen.append(Images.decode(images, *a, **k)) or seen[-1]
+    data.Crops(images, views, 0)[0, 0], data.Centres(images, 300, 1, False)[0]
+    assert [image.shape[1:] for image, *_ in seen] == [decoded] * 2
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (4, 6000), (6000, 4), (1, 300), (7, 3)])
