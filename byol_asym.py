@@ -182,15 +182,15 @@ class Encoder(nn.Module):
     def encode(self, views, parts, shuffle, track):
         """Encodings (v, n, d) of v views (n, 3, s, s). parts: BN sees so many parts, each apart."""
         x = torch.cat(views)  # view k of image i at k n + i
-        x = x.bfloat16() if self.bf16 else x  # as autocast would, but half the bytes to gather
+        x = x.bfloat16() if self.bf16 else x  # as autocast would later: half the bytes to gather
         if shuffle is not None:  # among the images of all processes, each part by itself
             size = len(x) * world_size() // parts
             orders = [k * size + torch.randperm(size, generator=shuffle) for k in range(parts)]
             order = torch.cat(orders).to(x.device, non_blocking=True)
             x = gather(x)[order[mine()]]
 
-        groups = max(1, self.groups // world_size()) if x.is_cpu else 1  # a GPU wants few kernels
-        x = x.unflatten(0, (parts, -1, groups)).transpose(0, 2).flatten(0, 2)  # for BatchNorm
+        groups = max(1, self.groups // world_size()) if self.training and x.is_cpu else 1
+        x = x.unflatten(0, (parts, -1, groups)).transpose(0, 2).flatten(0, 2)  # see BatchNorm
         x = x.contiguous(memory_format=torch.channels_last)  # convolutions are faster so
         BatchNorm.parts, BatchNorm.track, BatchNorm.grouped = parts, track, groups > 1
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
@@ -205,10 +205,10 @@ class Encoder(nn.Module):
 
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm on virtual devices, for (n, c) and (n, c, h, w). Image i of the global batch is
-    normalised with those of group i mod G, on any number of processes; G = 1 is SyncBN. Rows are
-    (n, groups here, parts) or, if grouped, which keeps channels last, (groups here, n, parts). Each
-    part has statistics of its own. Running statistics: means over this process's groups;
-    sync_buffers() takes the mean over processes."""
+    normalised with those of group i mod G, on any number of processes; G = 1 is SyncBN; within an
+    encoder G is its own or 1. Rows are (n, groups here, parts): few kernels; or, if grouped,
+    (groups here, n, parts): fast on CPUs, channels stay last. Parts have statistics of their own.
+    Running statistics: means over groups; sync_buffers() takes the mean over processes."""
     parts, track, grouped = 1, True, False  # in the pass at hand: Encoder.encode() sets them
 
     def __init__(self, features, groups=1, affine=True):
@@ -222,8 +222,8 @@ class BatchNorm(nn.BatchNorm2d):
 
         norm = SyncNorm.apply if self.groups == 1 and world_size() > 1 else F.batch_norm
         momentum = self.momentum if self.track else 0.0
-        parts, groups = self.parts, max(1, self.groups // world_size())  # a process has whole ones
-        if not self.grouped:  # then groups are as parts
+        parts, groups = self.parts, max(1, self.groups // world_size())  # whole groups
+        if not self.grouped:  # a group is then as a part
             parts, groups = groups * parts, 1
         if parts == groups == 1:
             return norm(x, mean, var, weight, bias, True, momentum, self.eps)
@@ -238,7 +238,7 @@ class BatchNorm(nn.BatchNorm2d):
             mean.copy_(means.view(-1, len(mean)).mean(0))
             var.copy_(variances.view(-1, len(var)).mean(0))
         y = torch.cat(normed) if groups > 1 else normed[0]
-        return torch.ops.aten._unsafe_view(y, x.shape)  # a view's ReLU in place would copy it
+        return torch.ops.aten._unsafe_view(y, x.shape)  # autograd copies a view for ReLU in place
 
 
 class SyncNorm(torch.autograd.Function):

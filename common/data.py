@@ -65,7 +65,7 @@ class Images:
         rows = np.asarray(rows)  # a tensor of one number would make of paths a single one
         return replace(self, **{k: v[rows] for k, v in columns.items() if v is not None})
 
-    def decode(self, row, lost=None, need=2**16):
+    def decode(self, row, lost=None, need=1024):
         """Image number row, see read_image(), the row it really is, and what was wrong, or "". One
         that cannot be read is replaced by the next, so that processes and resumed runs agree."""
         wrong = ""
@@ -88,15 +88,15 @@ class Images:
             print(f"unreadable image, replaced by the next: {image}", file=sys.stderr)
 
 
-def read_image(path, lost=None, need=2**16):
+def read_image(path, lost=None, need=1024):
     """An image file as uint8 (3, h, w): turned as its EXIF says, grey repeated, CMYK converted, put
     on white where it is transparent. ValueError for more than 8 bits, as a file does not say which
-    value is white. lost: a Counter of what is dropped. need: pixels that suffice on each side."""
+    value is white. lost: a Counter of what is dropped. need: pixels of a side that suffice."""
     with Image.open(path, formats=FORMATS) as image:
         coding = f"{image.mode} {image.tile[:1]}"
         if re.search("^[FI]|;16", coding):  # PIL would clip grey, and take the upper bits of colour
             raise ValueError("more than 8 bits, of unknown range; save it with 8 bits")
-        image.draft(None, (need, need))  # JPEG: 2, 4 or 8 times smaller, if need allows it
+        image.draft(None, (need, need))  # a JPEG 2, 4 or 8 times smaller, but not below
         image.load()  # before EXIF is read: in PNG it may come last, and TIFF turns itself
         with contextlib.suppress(Exception):  # broken EXIF is no broken image
             ImageOps.exif_transpose(image, in_place=True)
@@ -324,7 +324,7 @@ def in_memory(images, tell):
         pixels, _, wrong = images.decode(row, lost)
         lost["what cannot be read: the next instead"] += wrong != ""
         shapes.add(pixels.shape)
-    images.left += [f"{what}, in {n} of {len(sample)} looked at" for what, n in lost.items() if n]
+    images.left[:0] = [f"{k}, in {n} of {len(sample)} looked at" for k, n in lost.items() if n]
 
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
@@ -383,11 +383,11 @@ def draw_demo(n, seed, size=32):
 
 class Crops(torch.utils.data.Dataset):
     """The workers' side: (step, row) -> an image's crops, uint8 (3, s, s) for each View of views,
-    the row that it really is, and what was wrong, see Images.decode()."""
+    its true row, and what was wrong, see Images.decode(). need: no 3:4 crop will be enlarged."""
 
     def __init__(self, images, views, seed):
         self.images, self.views, self.seed = images, views, seed
-        self.need = math.ceil(max(v.size / v.recipe.scale[0] ** 0.5 for v in views))  # no upscaling
+        self.need = math.ceil(max(v.size / (0.75 * v.recipe.scale[0]) ** 0.5 for v in views))
 
     def __getitem__(self, key):
         step, row = key

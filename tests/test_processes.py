@@ -93,10 +93,9 @@ def norm_job(groups, parts, shape, affine, grouped):
     mine = slice(int(os.environ.get("RANK", 0)), None, int(os.environ.get("WORLD_SIZE", 1)))
     x, w, b, g = norm_inputs(parts, shape, affine)
     bn = script.BatchNorm(shape[0], groups, affine)
-    bn.parts, bn.grouped, order = parts, grouped, torch.arange(24 // script.world_size() * parts)
-    if grouped:  # the groups of this process one after another
-        here = max(1, groups // script.world_size())
-        order = order.view(-1, here, parts).transpose(0, 1).flatten()
+    bn.parts, bn.grouped, here = parts, grouped, max(1, groups // script.world_size())
+    order = torch.arange(24 // script.world_size() * parts)
+    order = order.view(-1, here if grouped else 1, parts).transpose(0, 1).flatten()
     if affine:
         bn.load_state_dict({"weight": w, "bias": b}, strict=False)
     x = x[mine].flatten(0, 1).requires_grad_()

@@ -4,7 +4,6 @@ import importlib
 import math
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,20 +28,22 @@ def script(request):
 
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("groups", [0, 1, 2, 4])
-def test_an_encoder_is_a_loop_over_bags_and_groups(script, groups, shuffled, double):
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_an_encoder_is_a_loop_over_bags_and_groups(
+        script, on_cpu, groups, shuffled, double, monkeypatch):
     """MeanEnc: the mean of raw outputs of one joint forward; a shuffle permutes all its views as
     one pool. Small crops, in one pass: as one pass each, each with a permutation of its own, and
     without a trace in running statistics. Without BN, here 0 groups, a shuffle changes nothing."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", on_cpu, raising=False)
     first, last, seen, stats = nn.Linear(12, 6), nn.Linear(6, 5), [], []
     bn = script.BatchNorm(6, groups=groups) if groups else nn.Identity()
     backbone, head = nn.Sequential(nn.Flatten(), first), nn.Sequential(bn, nn.Tanh(), last)
     backbone.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     a, b, *small = torch.randn(5, 8, 3, 2, 2, generator=rng(5))
     bags, generator = [[a, b], *[[s] for s in small]], rng(9)
-    args = SimpleNamespace(amp="off", bn_groups=groups or 1)
-    z = script.Encoder(backbone, head, args)(bags, rng(9) if shuffled else None)
-    by_group = torch.cat(bags[0]).unflatten(0, (-1, groups or 1)).transpose(0, 1).flatten(0, 1)
-    assert len(seen) == 2 and torch.equal(seen[0], by_group) != shuffled
+    encoder = script.Encoder(backbone, head, small_args(script, f"--bn-groups {groups or 1}"))
+    z = encoder(bags, rng(9) if shuffled else None)
+    assert len(seen) == 2 and torch.equal(seen[0][0], a[0]) != shuffled
 
     for bag, found in zip(bags, z, strict=True):
         x, raw = torch.cat(bag), torch.zeros(8 * len(bag), 5)
@@ -58,6 +59,7 @@ def test_an_encoder_is_a_loop_over_bags_and_groups(script, groups, shuffled, dou
         mean, var = (sum(x) / groups for x in zip(*stats[:groups], strict=True))  # the large views'
         close(bn.running_mean, 0.1 * mean, 1e-9)
         close(bn.running_var, 0.9 + 0.1 * var, 1e-9)
+    close(encoder.eval()([[a[:3]]])[0], encoder([[a]])[0][:3], 1e-9)
 
 
 def test_autocast(script):
