@@ -108,7 +108,8 @@ def read_image(path, lost=None, need=1024):
         if image.has_transparency_data:
             paper = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(paper, image.convert("RGBA"))
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        image = image if image.mode == "RGB" else image.convert("RGB")  # convert() copies
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 # ---- loading ----
 
@@ -392,9 +393,9 @@ class Crops(torch.utils.data.Dataset):
     def __getitem__(self, key):
         step, row = key
         image, really, wrong = self.images.decode(row, need=self.need)
-        scales, generator = [v.recipe.scale for v in self.views], rng(self.seed, "crops", step, row)
+        scales, crops = [view.recipe.scale for view in self.views], []
+        generator = rng(self.seed, "crops", step, row)
         boxes = crop_boxes(len(scales), *image.shape[1:], scales, generator).tolist()
-        crops = []
         for (top, left, h, w), view in zip(boxes, self.views, strict=True):
             box = image[:, top : top + h, left : left + w]
             crops.append(resize(box, view.size, view.recipe.bicubic))
@@ -478,12 +479,11 @@ def loader(dataset, batches, workers, device):
     if workers and sys.platform == "linux":
         more["multiprocessing_context"] = "fork"  # 3.14's default would import torch in each
 
-    kind = torch.get_default_dtype()
     try:
         for crops, rows, wrong in torch.utils.data.DataLoader(
                 dataset, batch_sampler=batches, **more):
             Images.report(wrong)
-            yield [x.to(device, non_blocking=True).to(kind) / 255 for x in crops], rows
+            yield [x.to(device, non_blocking=True) / 255 for x in crops], rows
     except (DataError, RuntimeError) as e:  # this process's alone, perhaps
         why = str(e).strip().rpartition("\n")[2]  # above it is the worker's traceback
         if "shared memory" in str(e):
