@@ -343,7 +343,7 @@ def draw_cells(plt, cells, found, colours, args):
         axes[1].barh(i, found[c].mean, xerr=found[c].se, color=colours[c.row], capsize=2)
     axes[0].set_yticks(range(len(rows)), [f"{c.row}   {c.place}" for c in rows])
     axes[0].set(title="paper: ImageNet", xlabel="change of top-1, points")
-    axes[1].set(title=f"here: {args.data}, {args.recipe} recipe, linear probe", xlabel="change, points, ± standard error")
+    axes[1].set(title=f"here: {args.data}, {args.recipe} recipe", xlabel="change, points, ± standard error")
     for axis in axes:
         axis.axvline(0, color="black", linewidth=0.8)
     return figure
