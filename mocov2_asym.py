@@ -169,7 +169,7 @@ Method = MoCoV2
 
 # ============================================================================== shared: networks
 class Encoder(nn.Module):
-    """Backbone and projector; bf16: under autocast. Encodings have the default precision."""
+    """Backbone and projector; --amp bf16: under autocast. Encodings have default precision."""
 
     def __init__(self, backbone, projector, args):
         super().__init__()
@@ -230,15 +230,15 @@ class BatchNorm(nn.BatchNorm2d):
 
         norm = SyncNorm.apply if self.groups == 1 and world_size() > 1 else F.batch_norm
         momentum = self.momentum if self.track else 0.0
-        parts, groups = self.parts, max(1, self.groups // world_size())  # whole groups
-        if not self.grouped:  # a group is then as a part
+        parts, groups = self.parts, max(1, self.groups // world_size())  # groups here
+        if not self.grouped:  # rows (n, groups, parts): a group is no more than a part
             parts, groups = groups * parts, 1
         if parts == groups == 1:
             return norm(x, mean, var, weight, bias, True, momentum, self.eps)
 
         means, variances = mean.repeat(groups, parts), var.repeat(groups, parts)
         weight, bias = (t.repeat(parts) if self.affine else None for t in (weight, bias))
-        parts_as_channels = x.reshape(len(x) // parts, -1, *x.shape[2:])
+        parts_as_channels = x.reshape(len(x) // parts, -1, *x.shape[2:])  # (n, parts c, ...)
         rows = parts_as_channels.chunk(groups) if groups > 1 else [parts_as_channels]
         each = zip(rows, means, variances, strict=True)
         normed = [norm(r, m, v, weight, bias, True, momentum, self.eps) for r, m, v in each]
