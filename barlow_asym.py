@@ -6,9 +6,9 @@ CVPR 2022. Zbontar, Jing, Misra, LeCun, Deny: Barlow Twins, ICML 2021.
 The source encoder f_s learns by gradient; the target encoder f_t is its clone and judges it:
 
     theta_t = theta_s                                        the target is a clone of the source
-    z_src = standardize(f_s(aug_s(x)))                       per channel, over the batch
-    z_tgt = standardize(f_t(aug_t(x)))                       target encodings, without gradient
-    c = z_src^T z_tgt / N                                    cross-correlation of channels, (d, d)
+    z_src = f_s(aug_s(x))                                    source encodings, with gradient
+    z_tgt = f_t(aug_t(x))                                    target encodings, without
+    c = standardize(z_src)^T standardize(z_tgt) / N          cross-correlation of channels, (d, d)
     L = sum_i (c_ii - 1)^2 + lambda sum_{i != j} c_ij^2;     theta_s = LARS(theta_s, dL/dtheta_s)
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,10 +45,8 @@ from common.flags import amount, check, code_digest, fraction, given_flags, pars
 # ============================================================================== method: recipes
 from common.lars import LARS
 
-# imagenet is the original's for 100 epochs (the paper's Table 2). small and demo are our choice.
-# lr_bias: the original sums c over its 16 GPUs without passing gradients back, and then averages
-# them, which leaves a 16th of the true gradient. Weights under LARS do not mind; biases and BN, at
-# 0.0048, do. Here the gradient is the true one on any number of processes, the rate 0.0048 / 16.
+# imagenet is the original's for 100 epochs. small and demo are our choice.
+# lr_bias: of the original's 0.0048 a 16th, as its gradient is on 16 GPUs (docs/barlow.md).
 ARCHS = dict.fromkeys(resnet.ARCHS, {})  # for each, its own rows of RECIPES: none
 RECIPES = {
     # flag           imagenet     small        demo         meaning
@@ -82,7 +81,7 @@ def method_checks(args):
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug: BYOL's two, without blur on small images. Which
+    """Recipes of source and target before AsymAug, without blur on small images: BYOL's two. Which
     one the paper gave to the source is not known; ours always blurs, as PIL, never solarizes."""
     first, second = (replace(one, pil_blur=True) for one in (augment.BYOL1, augment.BYOL2))
     if args.recipe != "imagenet":
@@ -96,7 +95,7 @@ class BarlowTwins(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.lambd, self.symmetrize = args.lambd, args.symmetrize
+        self.symmetrize, self.lambd = args.symmetrize, args.lambd
         self.shuffle = False  # without negatives, batch-mates do not give an image away
         norm = lambda sync: partial(BatchNorm, groups=1 if sync else args.bn_groups)
 
@@ -120,28 +119,26 @@ class BarlowTwins(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: the same on all processes, unused. Returns the loss of
-        the global batch, and the encodings' spread."""
+        m: the target's momentum. generator: for a shuffle. Returns the loss and spread()'s stds."""
         update_target(self.target, self.source, m)
         z_src = self.source(src)  # (n, d) for each bag
         with torch.set_grad_enabled(self.symmetrize):
             z_tgt = self.target(tgt)
-            standard_tgt = [self.standardize_tgt(z) for z in z_tgt]
-        standard_src = [self.standardize_src(z) for z in z_src]
 
-        loss = over_crops(self.redundancy, standard_src, standard_tgt)
+        loss = over_crops(self.redundancy, z_src, z_tgt)
         return loss, spread(z_src[0], z_tgt[0])
 
     def redundancy(self, z_src, z_tgt):
-        """How far the cross-correlation of z_src and z_tgt, both (n, d) and standardized, is from
-        the identity."""
-        c = AllSum.apply(z_src.T @ z_tgt) / (len(z_src) * world_size())  # (d, d)
+        """How far the cross-correlation of z_src and z_tgt, (n, d), of the global batch is from the
+        identity."""
+        standard_src, standard_tgt = self.standardize_src(z_src), self.standardize_tgt(z_tgt)
+        c = AllSum.apply(standard_src.T @ standard_tgt) / (len(z_src) * world_size())  # (d, d)
         on, all_squares = c.diagonal(), c.square().sum()
         return (on - 1).square().sum() + self.lambd * (all_squares - on.square().sum())
 
     def chance(self, args):
-        """The loss of independent encodings: c is then 0 but for its sampling error, 1/n in the
-        square. n: the batch less one image for each BN group (about so if one side has groups)."""
+        """The loss of encodings that tell nothing."""
+        # c is 0 but for its sampling error, 1/n in the square; each BN group takes one from n
         d, n = args.dim, args.batch_size - args.bn_groups
         terms = 2 if args.multicrop_src else 1
         return terms * (d * (1 + 1 / n) + args.lambd * d * (d - 1) / n)
@@ -487,6 +484,7 @@ def train(args, about, model, sets, device):
     if world_size() > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # sync_buffers() is enough; as an argument it is deprecated
+        warnings.filterwarnings("ignore", "Grad strides")  # of 1 x 1 convolutions: the same memory
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
     since, waited, logged = time.time(), 0.0, first
     asked = since
@@ -509,11 +507,11 @@ def train(args, about, model, sets, device):
         epochs, rest = divmod(done, per_epoch)
         stop = gather(torch.tensor([max(signals, default=0)])).max().item()  # for all, if for one
         if done <= 10 or done % args.log_every == 0 or rest == 0 or done == last:
+            now = numbers(model, loss, spreads)  # waits for the device: only then ask the clock
             seconds, steps = time.time() - since, done - logged
             entry = {"step": done, "epoch": done / per_epoch, "chance": model.chance(args), "m": m,
-                     "lr": args.peak_lr * factor, **numbers(model, loss, spreads),
-                     "img_s": steps * args.batch_size / seconds, "data_frac": waited / seconds,
-                     "eta_s": (last - done) * seconds / steps}
+                     "lr": args.peak_lr * factor, **now, "img_s": steps * args.batch_size / seconds,
+                     "data_frac": waited / seconds, "eta_s": (last - done) * seconds / steps}
             if args.knn_every and (done == last or rest == 0 and epochs % args.knn_every == 0):
                 entry |= measure(args, model, sets, device)
             log(args, entry)

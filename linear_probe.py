@@ -24,7 +24,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from common.distributed import all_sum, barrier, check_launch, gather, mine, ran
 from common.flags import amount, check, code_digest, fraction, given_flags, parser, positive, whole
 from common.lars import LARS
 from common.transfer import METRICS, TRANSFER
-from mocov2_asym import SIGNALS, fit, join_processes, launch, lr_factor
+from mocov2_asym import fit, join_processes, launch, lr_factor
 
 # ============================================================================== protocols
 PROTOCOLS = {  # lr: per 256 images. Epochs and schedule of sgd are our choice, the paper is silent
@@ -76,10 +75,9 @@ def train(args, net, task, stage, lrs):
 
     heads = nn.ModuleList(classifier(x.shape[1], task.classes, args.seed) for _ in lrs)
     groups = [{"params": list(head.parameters())} for head in heads.to(args.device)]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     if args.protocol == "lars":  # the bias has a trust ratio too, as in the paper's code
         optimizer = LARS(groups, lr=0.0, momentum=0.9, adapt_1d=True)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     first, file = 0, Path(args.out, f"{stage}-{Path(task.name).name}.pt")
     if file.exists():
         state = read(file)
@@ -108,8 +106,7 @@ def train(args, net, task, stage, lrs):
             check(finite or len(lrs) > 1, f"weights that are not finite, after epoch {passed}: try "
                   f"a tenth of --lr {lrs[0]}")
             log(args, {"data": task.name, "stage": stage, "epoch": passed, "lr": lrs, "loss": mean,
-                       task.metric: [grade(task, head, x, labels) for head in heads]},
-                show=passed % max(1, args.epochs // 10) == 0)
+                       task.metric: [grade(task, head, x, labels) for head in heads]})
             summed = torch.zeros_like(summed)
             save(args, file.name, {"step": step + 1, "heads": heads.state_dict(),
                                    "optimizer": optimizer.state_dict()})
@@ -150,12 +147,10 @@ def lbfgs_probe(args, task):
 
     l2 = max(scores, key=scores.get)  # the strongest of equals
     final = fit_l2(x, labels, task.classes, l2, fits[l2], 10 * args.max_iter)
-    short = [f"{l2:.2g}" for l2, fitted in fits.items() if not fitted.solved]
     if not (final.solved and fits[l2].solved):
         say(f"warning: the fit at l2 {l2:.2g} did not converge; raise --max-iter {args.max_iter}")
     value = grade(task, final.predict, task.test_x.to(device).double(), task.test_labels)
-    return {"value": value, "chosen": {"l2": l2}, "rule": "l2 search", "scores": scores,
-            "unsolved": short}
+    return {"value": value, "chosen": {"l2": l2}, "rule": "l2 search", "scores": scores}
 
 
 def fit_l2(x, labels, classes, l2, start=None, most=1000):
@@ -164,8 +159,7 @@ def fit_l2(x, labels, classes, l2, start=None, most=1000):
     x: float64 (n, d). start: the fit to begin at. Returns w, b, predict, iterations, and whether it
     is solved: as f is l2-strongly convex in w, it is at most |gradient|^2 / (2 l2) above its
     minimum, which is to be less than f / 10,000. With weak l2 that is what bounds w's error; with
-    strong l2 another bound on the gradient does, 1e-5 of f at the start.
-    """
+    strong l2 another bound on the gradient does, 1e-5 of f at the start."""
     mean = x.mean(0)  # taken off x, which b makes up for, and a scale s, which w does: for speed
     s = ((x - mean).square().mean() + l2 / len(x)).sqrt()
     z, w, b = (x - mean) / s, x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
@@ -191,13 +185,6 @@ def fit_l2(x, labels, classes, l2, start=None, most=1000):
     w, b = w.detach() / s, b.detach() - w.detach() / s @ mean
     return SimpleNamespace(w=w, b=b, predict=lambda x: x @ w.T + b, iterations=iterations,
                            solved=solved)
-
-
-def knn_probe(args, task):
-    """k -> top-1, for each k of --knn-k that the training images allow."""
-    bank = F.normalize(task.x.to(args.device)), task.labels.to(args.device)
-    queries = F.normalize(task.test_x.to(args.device)), task.test_labels.to(args.device)
-    return {k: knn.vote(bank, queries, k) for k in args.knn_k if k <= len(task.labels)}
 
 
 # ============================================================================== data sets
@@ -252,9 +239,7 @@ def encode(args, net, images):
     rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
     how = {"share": 1, "bicubic": True} if args.transfer else {}
     crops = data.centres(images, rows[mine()], args.size, args.workers, args.device, **how)
-    parts = [net(x).cpu() for x, _ in crops]
-    refuse_unreadable()
-    return gather(torch.cat(parts))[: len(images)]
+    return gather(torch.cat([net(x).cpu() for x, _ in crops]))[: len(images)]
 
 
 def features_of(args, net, task, steps):
@@ -265,33 +250,20 @@ def features_of(args, net, task, steps):
             yield step, rows[mine()], task.x[rows[mine()]].to(args.device)
         return
 
-    view = View(weak(V2), args.size)
+    images, plan = replace(task.images, stats=data.RAW), [[[View(weak(V2), args.size)]], []]
     steps, ahead = itertools.tee(steps)
-    crops = data.crop(task.images, [view], ahead, args.seed, mine(), args.workers, args.device)
-    for (step, rows), (x,) in zip(steps, crops, strict=True):
-        refuse_unreadable()
-        flip = torch.rand(len(rows), generator=rng(args.seed, "flip", step))[mine()] < 0.5
-        x = torch.where(flip.view(-1, 1, 1, 1).to(x.device), x.flip(3), x)
+    views = data.stream(images, plan, ahead, args.seed, mine(), args.workers, args.device)
+    for (step, rows), (([[x]], _), _) in zip(steps, views, strict=True):
         parts = [net(part) for part in x.split(256)]  # a batch of 4096 would fill a small GPU
         yield step, rows[mine()], torch.cat(parts)
 
 
-def refuse_unreadable():
-    """Stops all processes if one has replaced an image, by the next: that has another label."""
-    bad = all_sum(torch.tensor(data.Images.unreadable)).item()
-    check(not bad, f"{bad} unreadable image(s); repair or remove them")
-
-
 # ============================================================================== checkpoints
-MARKS = (  # two tensors by which a backbone is known, whatever stands before their names
-    ("conv1.weight", "layer1.0.conv1.weight"),  # ResNets of torchvision and timm
-    ("0.weight", "4.0.conv1.weight"),  # nn.Sequential(*resnet.children()), as in lightly
-    ("conv_proj.weight", "class_token"),  # ViTs of torchvision
-    ("patch_embed.proj.weight", "cls_token"),  # ViTs of timm, MoCo v3 and DINO
-)
+# A tensor that tells a backbone, whatever stands before its name: of a ResNet, or of lightly's
+# nn.Sequential(*resnet.children()); of a ViT of torchvision, or of timm, MoCo v3 and DINO.
+MARK = re.compile(r"(|.*\.)((layer1|4)\.0\.conv1\.weight|(class|cls)_token)")
 TARGET = re.compile(r"(^|[._])(momentum|teacher|target|ema|k)[._]")  # in the names of a target
-HEADS = ("fc.", "head.", "heads.", "classifier.", "linear.", "projector.", "projection_head.",
-         "predictor.", "prototypes.", "queue")
+HEADS = "fc.", "head", "classifier.", "linear.", "proj", "predictor.", "prototypes.", "queue"
 RENAME = {  # nn.Sequential's, timm's ViTs' and torchvision's old names -> torchvision's
     r"^0\.": "conv1.", r"^1\.": "bn1.", r"^4\.": "layer1.", r"^5\.": "layer2.",
     r"^6\.": "layer3.", r"^7\.": "layer4.",
@@ -310,8 +282,7 @@ def load_backbone(args):
     stem; ImageNet's normalisation."""
     path, run, names = Path(args.checkpoint), {}, ""
     files = {"source": "backbone.pth", "target": "backbone_target.pth"}
-    if path.is_dir():
-        path = path / files[args.encoder]
+    path = path / files[args.encoder] if path.is_dir() else path
     state, beside = read(path), path.with_name("args.json")
     if state.keys() >= {"args", "step", "model"} and "method" in state["args"]:  # last.pt
         run, names = state["args"], f"{args.encoder}.backbone."
@@ -340,20 +311,17 @@ def load_backbone(args):
     width = net(torch.zeros(1, 3, size, size)).shape[1]
     return net.to(args.device), {
         "names": f"{names}*", "arch": arch, "tensors": len(state), "dim": width, "size": size,
-        "mean": mean, "std": std, "weights": digest.hexdigest()[:16],
-        "trained_on": run.get("data")}
+        "mean": mean, "std": std, "weights": digest.hexdigest()[:16], "trained_on": run.get("data")}
 
 
 def read(path):
     """A file of torch.save, as a dict. Nothing in it is executed."""
-    check(path.is_file(), f"{path}: no such file; give the folder of a run, or a checkpoint")
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # a truncated or foreign file raises nearly anything
         found = " ".join([type(e).__name__, *re.findall(r"GLOBAL ([\w.]+)", str(e))])
-        check(False, f"{path} cannot be read ({found}): is it whole? safetensors: torch."
-              "save(safetensors.torch.load_file(FILE), NEW) converts them. If it holds more than "
-              "tensors, and you trust it: load it with weights_only=False and save a state_dict")
+        check(False, f"{path} cannot be read ({found}); give a run's folder, or a whole file of "
+              "torch.save with tensors only; docs/linear_probe.md converts others")
 
 
 def flatten(found, prefix=""):
@@ -371,9 +339,8 @@ def of_run(args, run, path):
     """The backbone that the script of a run builds from run, its args.json."""
     method = str(run.get("method"))
     script = Path(__file__).parent / f"{method}.py"
-    check(method.isidentifier() and script.is_file() and run.get("format") == 3, f"{path} is of "
-          f"another version of these scripts, or {script.name} is not beside linear_probe.py; put "
-          "it there, or copy backbone.pth elsewhere, and give args.json's --mean --std --img-size")
+    check(method.isidentifier() and script.is_file() and run.get("format") == 3,
+          f"{path} needs the {script.name} that made it beside linear_probe.py: put it there")
     module = importlib.import_module(method)
     if run.get("code") != code_digest(script):
         say(f"note: {script.name} or common/ changed since {path} was trained")
@@ -384,11 +351,9 @@ def find_backbone(found, encoder, path):
     """What stands before the names of the encoder's backbone in a file, and its tensors, without
     heads, in torchvision's names."""
     flat, prefixes = flatten(found), {}
-    for first, second in MARKS:
-        for name in flat:
-            prefix = name.removesuffix(first)
-            if name == prefix + first and prefix + second in flat:
-                prefixes.setdefault(flat[name].data_ptr(), prefix)  # shared by modules: once
+    for name in flat:
+        if mark := MARK.fullmatch(name):
+            prefixes.setdefault(flat[name].data_ptr(), mark[1])  # shared by modules: once
     held = list(prefixes.values())
     check(held, f"{path} holds no backbone, but {', '.join([*flat, *map(str, found)][:4])}; give a "
           "run's folder, or a file with a ResNet or ViT in torchvision's or timm's names")
@@ -402,8 +367,7 @@ def find_backbone(found, encoder, path):
         state = {re.sub(pattern, name, k): v for k, v in state.items()}
     solo = "backbone." in prefix[0] and any(k.endswith("classifier.weight") for k in flat)
     check(not solo or "conv1.weight" not in state or state["conv1.weight"].shape[-1] != 3,
-          f"{path}: solo-learn pads a 3 x 3 first convolution by 2, others by 1, and the file does "
-          "not tell; if by 1, take its classifier out")
+          f"{path}: solo-learn pads a 3 x 3 first convolution by 2; if by 1, remove its classifier")
     return prefix[0], state
 
 
@@ -411,8 +375,8 @@ def of_others(args, state):
     """A network with the architecture whose tensors differ least from state's; arch; pixels."""
     positions = state.get("encoder.pos_embedding")  # a ViT's
     if positions is None:
-        size = 224 if state["conv1.weight"].shape[-1] == 7 else 32
-        archs = resnet.ARCHS
+        stem = state.get("conv1.weight", torch.empty(7))
+        archs, size = resnet.ARCHS, 32 if stem.shape[-1] == 3 else 224
         build = lambda arch: resnet.build(arch, size, nn.BatchNorm2d)[0]
     else:
         mocov3 = importlib.import_module("mocov3_asym")
@@ -517,9 +481,7 @@ def resolve(args, tasks):
 # ============================================================================== the run
 def work(args):
     """All that one process does."""
-    for number in SIGNALS:  # what is done is saved: it may end anywhere
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    args.device, data.Images.unreadable = join_processes(args), 0
+    args.device, data.Images.tries = join_processes(args), 1  # another would have another label
     net, backbone = load_backbone(args)
     if not args.export:
         probe(args, net, backbone)
@@ -538,7 +500,6 @@ def probe(args, net, backbone):
         load_tasks(args, download=True)
     barrier()
     tasks, absent = load_tasks(args)
-    refuse_unreadable()
     resolve(args, tasks)
     seen = {name: [t.images.names, t.test_images.names] for name, t in tasks.items()}
     about = {**vars(args), **backbone, "torch": torch.__version__, "images": seen}
@@ -572,9 +533,11 @@ def measure(args, net, task):
     if args.save_features and rank() == 0:
         save_features(args.save_features, task)
 
-    votes = {}
+    votes, device = {}, args.device
     if args.protocol not in LR_SWEEP and task.labels.ndim == 1:
-        votes = knn_probe(args, task)
+        bank = F.normalize(task.x.to(device)), task.labels.to(device)
+        queries = F.normalize(task.test_x.to(device)), task.test_labels.to(device)
+        votes = {k: knn.vote(bank, queries, k) for k in args.knn_k if k <= len(task.labels)}
     if args.protocol == "knn":
         k, task.metric = args.knn_k[0], "top-1"
         found = {"value": votes[k], "chosen": {"k": k}, "rule": "fixed"}
@@ -583,8 +546,8 @@ def measure(args, net, task):
     else:
         found = gradient_probe(args, net, task)
     held_out = len(task.held) if "search" in found["rule"] else 0
-    return {"metric": task.metric, **found, "protocol": args.protocol, "train": len(task.labels),
-            "held_out": held_out, "test": len(task.test_labels), "knn": votes}
+    return {"metric": task.metric, **found, "train": len(task.labels), "held_out": held_out,
+            "test": len(task.test_labels), "knn": votes}
 
 
 def save_features(file, task):
@@ -605,7 +568,7 @@ def report(args, results, absent):
     for name, r in results.items():
         held = f", on {r['held_out']} held-out training images" if r["held_out"] else ""
         votes = "".join(f"; kNN k={k}: {v:.1%}" for k, v in r["knn"].items())
-        say(f"{name}: {r['metric']} {r['value']:.1%} of {r['test']} test images; {r['protocol']}, "
+        say(f"{name}: {r['metric']} {r['value']:.1%} of {r['test']} test images; {args.protocol}, "
             f"{listed(r['chosen'])} ({r['rule']}{held}){votes}")
     if args.transfer:
         say(f"\n{'':12s} paper   here   in %; {args.protocol}, {r['rule']} (the paper: lr search)")
@@ -634,10 +597,10 @@ def open_run(args, about):
 
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for path in (out / "log.jsonl", *out.glob("search-*.pt"), *out.glob("final-*.pt")):
-            path.unlink(missing_ok=True)
+        for path in (*out.glob("search-*.pt"), *out.glob("final-*.pt")):
+            path.unlink()
         save(args, "result.json", json.dumps({**about, "results": {}}, indent=1))
-        log(args, {"command": sys.argv, **about}, show=False)
+        Path(out, "log.jsonl").write_text(json.dumps({"command": sys.argv, **about}) + "\n")
     barrier()
     return {}
 
@@ -650,13 +613,12 @@ def save(args, name, content):
         os.replace(aside, Path(args.out, name))
 
 
-def log(args, entry, show=True):
+def log(args, entry):
     """A line in log.jsonl, and on the terminal."""
     if rank() == 0:
         with open(Path(args.out, "log.jsonl"), "a") as f:
             f.write(json.dumps(entry) + "\n")
-    if show:
-        say("  " + listed(entry))
+    say("  " + listed(entry))
 
 
 def listed(entry):

@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -139,11 +140,10 @@ class MoCoV3(nn.Module):
         z_src = self.source(src)  # (n, d) for each bag
         p_src = [F.normalize(self.predictor(z)) for z in z_src]
         with torch.no_grad():
-            z_tgt = self.target(tgt, generator if self.shuffle else None)
-            z_tgt = [gather(F.normalize(z)) for z in z_tgt]  # (N, d)
+            z_tgt = [F.normalize(z) for z in self.target(tgt, generator if self.shuffle else None)]
 
-        loss = over_crops(self.info_nce, p_src, z_tgt)
-        return loss, spread(z_src[0], z_tgt[0][mine()])
+        loss = over_crops(self.info_nce, p_src, [gather(z) for z in z_tgt])
+        return loss, spread(z_src[0], z_tgt[0])
 
     def info_nce(self, p_src, z_tgt):
         """2 tau times the cross-entropy of an image's own target among the batch's. Unit vectors
@@ -584,6 +584,7 @@ def train(args, about, model, sets, device):
     if world_size() > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # sync_buffers() is enough; as an argument it is deprecated
+        warnings.filterwarnings("ignore", "Grad strides")  # of 1 x 1 convolutions: the same memory
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
     since, waited, logged = time.time(), 0.0, first
     asked = since
@@ -606,11 +607,11 @@ def train(args, about, model, sets, device):
         epochs, rest = divmod(done, per_epoch)
         stop = gather(torch.tensor([max(signals, default=0)])).max().item()  # for all, if for one
         if done <= 10 or done % args.log_every == 0 or rest == 0 or done == last:
+            now = numbers(model, loss, spreads)  # waits for the device: only then ask the clock
             seconds, steps = time.time() - since, done - logged
             entry = {"step": done, "epoch": done / per_epoch, "chance": model.chance(args), "m": m,
-                     "lr": args.peak_lr * factor, **numbers(model, loss, spreads),
-                     "img_s": steps * args.batch_size / seconds, "data_frac": waited / seconds,
-                     "eta_s": (last - done) * seconds / steps}
+                     "lr": args.peak_lr * factor, **now, "img_s": steps * args.batch_size / seconds,
+                     "data_frac": waited / seconds, "eta_s": (last - done) * seconds / steps}
             if args.knn_every and (done == last or rest == 0 and epochs % args.knn_every == 0):
                 entry |= measure(args, model, sets, device)
             log(args, entry)

@@ -13,7 +13,7 @@ The source encoder f_s learns by gradient; the target encoder f_t is its clone a
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
 encoder: --multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2.
---symmetrize is the original: one encoder, all other views negatives, gradient through both.
+--symmetrize is the original: one encoder, gradient through both views.
 
     python simclr_asym.py                                    a laptop: demo data, two minutes
     python simclr_asym.py --data cifar10 --download          one GPU: the CIFAR recipe
@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from common.flags import amount, check, code_digest, fraction, given_flags, pars
 # ============================================================================== method: recipes
 from common.lars import LARS
 
-# imagenet is the original's for 100 epochs, with its paper's decay. small and demo are our choice.
+# imagenet is the original's for 100 epochs. small and demo are our choice.
 ARCHS = dict.fromkeys(resnet.ARCHS, {})  # for each, its own rows of RECIPES: none
 RECIPES = {
     # flag           imagenet     small        demo         meaning
@@ -69,22 +70,22 @@ RECIPES = {
 
 def method_flags(flag):
     flag("--negatives", choices=("targets", "all"), default="targets", help="all: sources' too")
-    flag("--symmetrize", action="store_true", help="the original: one encoder, 2N - 2 negatives")
+    flag("--symmetrize", action="store_true", help="the original: gradient through both views")
 
 
 def method_checks(args):
     """What cannot work, before any work."""
     check(args.temperature > 0, f"--temperature {args.temperature}: give more than 0")
     check_original(args)
-    check(not args.symmetrize or args.bn_groups == 1, "--symmetrize has both views in one batch, "
-          "where BN's groups would tell which belong together; drop --bn-groups")
+    check(not args.symmetrize or args.bn_groups == 1, "drop --bn-groups: --symmetrize needs only 1")
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug: SimCLR's; on small images half the jitter and no
-    blur. Images stay in [0, 1], without normalisation."""
-    small = replace(augment.SIMCLR, strength=(0.4, 0.4, 0.4, 0.1), blur=0.0)
-    both = augment.SIMCLR if args.recipe == "imagenet" else small
+    """Recipes of source and target before AsymAug, without blur on small images: SimCLR's, with
+    half the jitter on those; images stay in [0, 1], without normalisation."""
+    both = augment.SIMCLR
+    if args.recipe != "imagenet":
+        both = replace(both, strength=(0.4, 0.4, 0.4, 0.1), blur=0.0)
     return both, both
 
 
@@ -94,7 +95,7 @@ class SimCLR(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.temperature, self.symmetrize = args.temperature, args.symmetrize
+        self.symmetrize, self.temperature = args.symmetrize, args.temperature
         self.sources_too = args.symmetrize or args.negatives == "all"
         self.shuffle = args.bn_groups > 1  # else BN's groups would tell where the positive is
         norm = lambda sync: partial(BatchNorm, groups=1 if sync else args.bn_groups)
@@ -117,8 +118,7 @@ class SimCLR(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: draws the shuffle. Returns the loss, a mean over the n
-        images, and the spread of both encodings."""
+        m: the target's momentum. generator: for a shuffle. Returns the loss and spread()'s stds."""
         if self.symmetrize:  # both views in one batch of 2 N, each the other's target: two means
             z = self.source.encode(src[0] + tgt[0], parts=1, shuffle=None, track=True)  # (2, n, d)
             a, b = F.normalize(z, dim=2)
@@ -128,11 +128,10 @@ class SimCLR(nn.Module):
         update_target(self.target, self.source, m)
         z_src = [F.normalize(z) for z in self.source(src)]  # (n, d) for each bag
         with torch.no_grad():
-            z_tgt = self.target(tgt, generator if self.shuffle else None)
-            z_tgt = [gather(F.normalize(z)) for z in z_tgt]  # (N, d)
+            z_tgt = [F.normalize(z) for z in self.target(tgt, generator if self.shuffle else None)]
 
-        loss = over_crops(self.info_nce, z_src, z_tgt)
-        return loss, spread(z_src[0], z_tgt[0][mine()])
+        loss = over_crops(self.info_nce, z_src, [gather(z) for z in z_tgt])
+        return loss, spread(z_src[0], z_tgt[0])
 
     def info_nce(self, z_src, z_tgt):
         """Cross-entropy of an image's own target. Unit vectors z_src (n, d), z_tgt (N, d).
@@ -150,7 +149,7 @@ class SimCLR(nn.Module):
         return terms * math.log(2 * args.batch_size - 1 if self.sources_too else args.batch_size)
 
     def optimizer(self, args):
-        """LARS with SimCLR's momentum. peak: the learning rate that the schedule scales."""
+        """LARS. peak: the learning rate that the schedule scales. classic: SimCLR's momentum."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": params, "peak": args.peak_lr}]
         return LARS(groups, lr=args.peak_lr, weight_decay=args.wd, classic=True)
@@ -490,6 +489,7 @@ def train(args, about, model, sets, device):
     if world_size() > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # sync_buffers() is enough; as an argument it is deprecated
+        warnings.filterwarnings("ignore", "Grad strides")  # of 1 x 1 convolutions: the same memory
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
     since, waited, logged = time.time(), 0.0, first
     asked = since
@@ -512,11 +512,11 @@ def train(args, about, model, sets, device):
         epochs, rest = divmod(done, per_epoch)
         stop = gather(torch.tensor([max(signals, default=0)])).max().item()  # for all, if for one
         if done <= 10 or done % args.log_every == 0 or rest == 0 or done == last:
+            now = numbers(model, loss, spreads)  # waits for the device: only then ask the clock
             seconds, steps = time.time() - since, done - logged
             entry = {"step": done, "epoch": done / per_epoch, "chance": model.chance(args), "m": m,
-                     "lr": args.peak_lr * factor, **numbers(model, loss, spreads),
-                     "img_s": steps * args.batch_size / seconds, "data_frac": waited / seconds,
-                     "eta_s": (last - done) * seconds / steps}
+                     "lr": args.peak_lr * factor, **now, "img_s": steps * args.batch_size / seconds,
+                     "data_frac": waited / seconds, "eta_s": (last - done) * seconds / steps}
             if args.knn_every and (done == last or rest == 0 and epochs % args.knn_every == 0):
                 entry |= measure(args, model, sets, device)
             log(args, entry)

@@ -217,8 +217,8 @@ OPS = {  # the function, and its settings at magnitude m and s = m times sign, b
     "Posterize": (lambda x, step: (x * 255).round().div(step).floor() * step / 255,
                   lambda m, s: [2.0 ** (8 - (4 * m).floor())]),  # keeps 4 bits at m = 1, else 3
     "Solarize": (lambda x, low: torch.where(x * 255 >= low, 1 - x, x),
-                 lambda m, s: [(256 * m).floor()]),  # none at m = 1
-    "SolarizeAdd": (lambda x, more: torch.where(x * 255 < 128, (x + more).clamp_max(1), x),
+                 lambda m, s: [(256 * m).floor() - 0.5]),  # between two levels; none at m = 1
+    "SolarizeAdd": (lambda x, more: torch.where(x * 255 < 127.5, (x + more).clamp_max(1), x),
                     lambda m, s: [(110 * m).floor() / 255]),
     "Color": (adjust, lambda m, s: [0.1 + 1.8 * m, 0, 1]),
     "Contrast": (adjust, lambda m, s: [0.1 + 1.8 * m, 1, 0]),
@@ -312,10 +312,8 @@ class View:
 def crops_of(plan):
     """The crops that a plan needs, in order: a View for each, two for a ScaleMix view. A plan has
     two sides (source, target), a side is a list of bags, a bag a list of Views."""
-    crops = []
-    for view in sum(sum(plan, []), []):
-        crops += [view, view] if view.mix else [view]
-    return crops
+    views = sum(sum(plan, []), [])
+    return sum([[view] * (1 + view.mix) for view in views], [])
 
 
 def make_views(plan, crops, total, generator, stats, part):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 
-from common.augment import crop_batch, crop_boxes, crops_of, make_views, rng
+from common.augment import Recipe, View, crop_batch, crop_boxes, crops_of, make_views, rng
 from common.flags import check
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,6 +47,7 @@ class Images:
     """Images of one split."""
 
     unreadable = 0  # met by this process, in any split
+    tries = 100  # images in a row, until one can be read
 
     pixels: torch.Tensor = None  # uint8 (n, 3, h, w), in memory; or None, and then
     paths: np.ndarray = None  # bytes (n,): a list would be copied into each worker as it is used
@@ -71,14 +72,14 @@ class Images:
         wrong = ""
         if self.pixels is not None:
             return self.pixels[row], row, wrong
-        for i in range(100):
+        for i in range(self.tries):
             there = (row + i) % len(self)
             path = os.fsdecode(self.paths[there])
             try:
                 return read_image(path, lost, need), there, wrong
             except Exception as e:  # PIL raises nearly anything
                 wrong = wrong or f"{path} ({type(e).__name__}: {e})"
-        raise DataError(f"no readable image among 100, the first {wrong}")
+        raise DataError(f"no readable image in {self.tries} from {wrong} on; repair or remove it")
 
     @classmethod
     def report(cls, wrong):
@@ -178,13 +179,10 @@ def splits(folder):
     TRAIN is a split if all with images beside it are, too. DataError if that leaves it open."""
     path = {f: os.path.join(folder, f) for f in listing(folder)[0]}
     folders = [f for f in path if any(walk(path[f], Counter()))]
-    kind = {}
-    for f in folders:
-        words = re.split("[^a-z]+", f.lower())
-        kind[f] = next((word for word in words if word in TRAIN + HELD), "")
-    train = [f for f in folders if kind[f] in TRAIN]
-    held = sorted([f for f in folders if kind[f] in HELD], key=lambda f: HELD.index(kind[f]))
-    classes = [f for f in folders if not kind[f]]
+    kind = lambda f: next((w for w in re.split("[^a-z]+", f.lower()) if w in TRAIN + HELD), "")
+    train = [f for f in folders if kind(f) in TRAIN]
+    held = sorted([f for f in folders if kind(f) in HELD], key=lambda f: HELD.index(kind(f)))
+    classes = [f for f in folders if not kind(f)]
     if len(train) == 1 and not classes:
         return path[train[0]], path[held[0]] if held else ""
 
@@ -212,12 +210,11 @@ def load_named(name, root, download):
         return train, train, draw_demo(1024, 1)
     kind, stats = {"cifar10": ("CIFAR10", CIFAR), "cifar100": ("CIFAR100", CIFAR),
                    "stl10": ("STL10", IMAGENET), "fashion-mnist": ("FashionMNIST", HALF)}[name]
-    parts, halves = [], ({"train": True}, {"train": False})
-    if name == "stl10":
-        halves = {"split": "train+unlabeled"}, {"split": "test"}
-    for half in halves:
+    parts = []
+    for part in ("train+unlabeled", "test"):
+        which = {"split": part} if name == "stl10" else {"train": part != "test"}
         try:
-            found = getattr(torchvision.datasets, kind)(root, download=download, **half)
+            found = getattr(torchvision.datasets, kind)(root, download=download, **which)
         except (RuntimeError, OSError) as e:
             raise DataError(f"--data {name}: not in {root}/; add --download, or say where with "
                             f"--data-root ({str(e).splitlines()[0]})") from e
@@ -281,10 +278,6 @@ def scan(folder, most=None):
     classes, labels = np.unique(tops, return_inverse=True)
     classes = tuple(map(str, classes))
     left += [f"{f}, a folder without images" for f in listing(folder)[0] if f not in classes]
-    inner = {tuple(path.split("/")[:2]) for path in below if path.count("/") > 1}
-    again = sorted(f for f, n in Counter(f for _, f in inner).items() if n > 1)
-    if len(again) > 1:  # splits or domains of other names, perhaps
-        left.append(f"the level of {show(again)}, folders in several of {show(classes)}")
 
     images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
     if len(classes) > 1 and "" not in tops:
@@ -384,44 +377,29 @@ def draw_demo(n, seed, size=32):
 
 class Crops(torch.utils.data.Dataset):
     """The workers' side: (step, row) -> an image's crops, uint8 (3, s, s) for each View of views,
-    its true row, and what was wrong, see Images.decode(). need: no 3:4 crop will be enlarged."""
+    its true row, and what was wrong, see Images.decode(). need: no 3:4 crop will be enlarged.
+    share: not random crops, but the central square of that share of the shorter side."""
 
-    def __init__(self, images, views, seed):
-        self.images, self.views, self.seed = images, views, seed
+    def __init__(self, images, views, seed, share=None):
+        self.images, self.views, self.seed, self.share = images, views, seed, share
         self.need = math.ceil(max(v.size / (0.75 * v.recipe.scale[0]) ** 0.5 for v in views))
 
     def __getitem__(self, key):
-        step, row = key
-        image, really, wrong = self.images.decode(row, need=self.need)
-        scales, crops = [view.recipe.scale for view in self.views], []
-        generator = rng(self.seed, "crops", step, row)
-        boxes = crop_boxes(len(scales), *image.shape[1:], scales, generator).tolist()
+        image, really, wrong = self.images.decode(key[1], need=self.need)
+        (height, width), crops = image.shape[1:], []
+        if self.share:
+            side = round(min(height, width) * self.share)
+            boxes = [((height - side) // 2, (width - side) // 2, side, side)]
+        else:
+            scales, generator = [v.recipe.scale for v in self.views], rng(self.seed, "crops", *key)
+            boxes = crop_boxes(len(scales), height, width, scales, generator).tolist()
+
         for (top, left, h, w), view in zip(boxes, self.views, strict=True):
-            box = image[:, top : top + h, left : left + w]
-            crops.append(resize(box, view.size, view.recipe.bicubic))
+            box = image[None, :, top : top + h, left : left + w]
+            mode = "bicubic" if view.recipe.bicubic else "bilinear"
+            crops.append(F.interpolate(box, view.size, mode=mode, antialias=True)[0])
         # a tensor too: numbers would be put into shared memory by a thread that hides errors
         return crops, torch.tensor(really), wrong
-
-
-class Centres(torch.utils.data.Dataset):
-    """As Crops, row -> the central square of a share of the shorter side, uint8 (3, size, size)."""
-
-    def __init__(self, images, size, share, bicubic):
-        self.images, self.size, self.share, self.bicubic = images, size, share, bicubic
-
-    def __getitem__(self, row):
-        image, really, wrong = self.images.decode(row, need=2 * self.size)
-        h, w = image.shape[1:]
-        side = round(min(h, w) * self.share)
-        top, left = (h - side) // 2, (w - side) // 2
-        square = image[:, top : top + side, left : left + side]
-        return [resize(square, self.size, self.bicubic)], torch.tensor(really), wrong
-
-
-def resize(image, size, bicubic=False):
-    """A uint8 image (3, h, w) resized to (3, size, size) with antialiasing."""
-    mode = "bicubic" if bicubic else "bilinear"
-    return F.interpolate(image[None], size, mode=mode, antialias=True)[0]
 
 
 def global_batches(n, batch, seed, first, last):
@@ -464,34 +442,29 @@ def centres(images, rows, size, workers, device, share=None, bicubic=False, batc
     [0, 1] on the device, and the rows that they really are. They are the central square of a share
     of the shorter side, by default all up to size 64, 7/8 above (resize to 256, crop 224)."""
     share = share or (1 if size <= 64 else 224 / 256)
+    view = View(Recipe(scale=(1 / 3, 1.0), bicubic=bicubic), size)  # 1 / 3: files at twice the size
     workers = workers if images.pixels is None else 0
-    batches = (part.tolist() for part in rows.split(batch))
-    for (x,), really in loader(Centres(images, size, share, bicubic), batches, workers, device):
+    batches = ([(0, row) for row in part.tolist()] for part in rows.split(batch))
+    for (x,), really in loader(Crops(images, [view], 0, share), batches, workers, device):
         yield x, really
 
 
 def loader(dataset, batches, workers, device):
     """Yields, for each list of keys in batches, the dataset's crops of them, as floats in [0, 1] on
     the device, and the rows that they really are; names those that cannot be read, or ends."""
-    more = {"num_workers": workers, "worker_init_fn": begin_worker,
-            "pin_memory": torch.device(device).type == "cuda",
-            "generator": torch.Generator()}  # else it would draw from the global one
-    if workers and sys.platform == "linux":
-        more["multiprocessing_context"] = "fork"  # 3.14's default would import torch in each
-
+    fork = workers and sys.platform == "linux"  # 3.14's default would import torch in each worker
     try:
         for crops, rows, wrong in torch.utils.data.DataLoader(
-                dataset, batch_sampler=batches, **more):
+                dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=begin_worker,
+                pin_memory=torch.device(device).type == "cuda",
+                multiprocessing_context="fork" if fork else None,
+                generator=torch.Generator()):  # else it would draw from the global one
             Images.report(wrong)
-            yield [x.to(device, non_blocking=True) / 255 for x in crops], rows
-    except (DataError, RuntimeError) as e:  # this process's alone, perhaps
-        why = str(e).strip().rpartition("\n")[2]  # above it is the worker's traceback
-        if "shared memory" in str(e):
-            why = "/dev/shm is too small for workers; add --workers 0, or docker run --shm-size 16g"
-        elif not isinstance(e, DataError):
-            raise
+            # times 1 / 255, as a GPU divides: levels that end between two round alike everywhere
+            yield [x.to(device, non_blocking=True) * (1 / 255) for x in crops], rows
+    except DataError as e:  # this process's alone, perhaps; a worker's begins with its traceback
         e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
-        check(False, why, alone=True)
+        check(False, str(e).strip().rpartition("\n")[2], alone=True)
 
 
 def begin_worker(worker):

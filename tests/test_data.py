@@ -99,18 +99,13 @@ def test_train_and_val(tmp_path):
      "nothing$"),
     ("train valid notes/n.txt", "the 4 of valid; left out: notes beside train"),
     ("training test dev", "from training,.* 4 of dev; left out: test beside training"),
-    ("train2017 val2017", "from train2017,.* 4 of val2017"),
+    ("train2017 val2017", "from train2017,.* 4 of val2017"), ("train val more", "train, val, more to train"),
     ("train/1.png bus/2.png car/3.png", "3 .*3 classes .bus, car, train"),
     ("trainval eval", "from trainval,.* 4 of eval"), ("Train_set test-2", "Train_set, .*of test-2"),
-    ("seg_train seg_pred", "of a, b, folders in"), ("val a b", "of val, a, b to train"),
-    ("seg_train seg_test seg_pred/1.png", "seg_train, seg_test, seg_pred to train"),
-    ("notes/n.txt z/train z/val", "z/ in it has splits"), ("val 1.png", "of val to train"),
-    ("train holdout", "2 classes .*left out: the level of a, b, folders in several of holdout, tr"),
+    ("seg_train seg_pred", "2 classes .seg_pred, seg_train"), ("val a b", "of val, a, b to train"),
+    ("notes/n.txt z/train z/val", "z/ in it has splits.*use .*/z"), ("val 1.png", "of val to train"),
     ("c/a.heic val/b.heic train val", "left out: c beside train, in val: 1 .heic$"),
-    ("sky sea", "left out: the level of a, b, folders in several of sea, sky$"),
     ("val test", "val, test to train"), ("train train_2", "train, train_2 to train"),
-    ("train val more", "train, val, more to train"),
-    ("up/train up/val", "up/ in it has splits.*use .*/up"),
     ("cup/train cup/test jar/train jar/test", "cup/ in it has splits.*use .*/cup"),
     ("a/1.png b/2.jfif b/3.HEIC a/4.heic b/.5.png", "left out: 2 .heic, 1 hidden$"),
     ("a/1.png b/2.png .c/3.png", "left out: 1 hidden folder$"),
@@ -119,7 +114,6 @@ def test_train_and_val(tmp_path):
     ("a/1.png a/b/2.png", "labels, as all images are in a"), ("1.png", "as 1.png is in no class f"),
     ("train val val/newt/1.png", "train/ and val/ differ in class folders, as in newt; make"),
     ("a/1.heic b/2.heic", "ends in .jpg .*found 2 .heic"),
-    ("日本/1.png b/2.png", r"\(b, \\u65e5\\u672c\)"),
 ])
 def test_one_line_says_what_was_found_and_what_left_out(tmp_path, monkeypatch, files, said):
     for name in files.split():
@@ -146,8 +140,7 @@ def test_links_are_followed_and_folders_that_come_twice_or_cannot_be_listed_name
         tmp_path, monkeypatch):
     write(tmp_path, "set/a/1.png", "set/b/1.png", "elsewhere/2.png")
     (tmp_path / "set/b/aside").symlink_to(tmp_path / "elsewhere")
-    found = names(data.scan(tmp_path / "set"), tmp_path / "set")
-    assert found == ["a/1.png", "b/1.png", "b/aside/2.png"]
+    assert names(data.scan(tmp_path / "set"), tmp_path / "set") == ["a/1.png", "b/1.png", "b/aside/2.png"]
     (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "set/b")
     with pytest.raises(DataError, match="a link makes .*set/b/aside/circle come twice"):
         data.scan(tmp_path / "set")
@@ -164,9 +157,7 @@ def test_links_are_followed_and_folders_that_come_twice_or_cannot_be_listed_name
 
 def test_equally_sized_images_are_decoded_at_the_start(tmp_path, monkeypatch):
     pixels = write(tmp_path, *[f"{i:03d}.png" for i in range(120)], size=(20, 16))
-    even = load(str(tmp_path))[0]
-    assert np.array_equal(even.pixels, pixels.transpose(0, 3, 1, 2))
-    assert names(even[[1]], tmp_path) == ["001.png"]
+    assert np.array_equal(load(str(tmp_path))[0].pixels, pixels.transpose(0, 3, 1, 2))
     for limit, fits in ((pixels.size - 1, False), (pixels.size, True)):
         monkeypatch.setattr(data, "IN_MEMORY", limit)
         assert (load(str(tmp_path))[0].pixels is not None) == fits
@@ -309,15 +300,13 @@ EIGHT = np.full((4, 8, 8), 200, np.uint8)
 
 @pytest.mark.parametrize("content, found", [
     ({"images": EIGHT / 1}, "images float64 (4, 8, 8)"), ({"x": EIGHT}, "x uint8 (4, 8, 8)"),
-    ({"images": EIGHT[:0]}, "images uint8 (0, 8, 8)"), ({}, "found nothing"),
-    ({"images": EIGHT[:, :, :3]}, "images uint8 (4, 8, 3)"), ({"images": EIGHT % 2}, "(4, 8, 8)"),
-    ({"images": EIGHT, "labels": np.arange(4) - 1}, "labels int64 (4,)"),
-    ({"images": EIGHT[:, None]}, "images uint8 (4, 1, 8, 8)"),
+    ({"images": EIGHT[:0]}, "images uint8 (0, 8, 8)"), ({"images": EIGHT % 2}, "(4, 8, 8)"),
+    ({"images": EIGHT[:, :, :3]}, "images uint8 (4, 8, 3)"), (None, "FileNotFoundError"),
+    ({"images": EIGHT[:, None]}, "images uint8 (4, 1, 8, 8)"), ({}, "found nothing"),
+    ({"images": EIGHT, "labels": np.arange(4) - 1}, "labels int64 (4,)"), (b"PK\3\4 zip", "BadZipFile"),
     ({"images": EIGHT, "labels": np.zeros(3, int)}, "labels int64 (3,)"),
     ({"images": EIGHT, "labels": np.zeros(4)}, "labels float64 (4,)"),
     ({"images": EIGHT, "labels": np.array(list("abcd"), object)}, "allow_pickle"),
-    (b"text", "ValueError"),
-    (b"PK\3\4 zip", "BadZipFile"), (None, "FileNotFoundError"),
 ])
 def test_npz_of_something_else(tmp_path, content, found):
     file = tmp_path / "own.npz"
@@ -333,10 +322,6 @@ def test_npz_of_something_else(tmp_path, content, found):
 
 # ---- crops ----
 
-def steps(first=0):
-    return [(step, torch.randperm(30, generator=rng(step))[:8]) for step in range(first, 3)]
-
-
 @pytest.fixture
 def both(tmp_path):
     pixels = write(tmp_path, *[f"{i:02d}.png" for i in range(30)], size=(48, 36))
@@ -349,7 +334,8 @@ def test_a_stream_does_not_depend_on_workers_nor_on_its_first_step(both, kind):
     """Nor on the number of processes: tests/test_processes.py."""
     def run(first=0, workers=0, seed=3):
         plan, images = [[VIEWS[:2]], [VIEWS[2:]]], both[kind]
-        stream = data.stream(images, plan, steps(first), seed, slice(None), workers, "cpu")
+        steps = [(step, torch.randperm(30, generator=rng(step))[:8]) for step in range(first, 3)]
+        stream = data.stream(images, plan, steps, seed, slice(None), workers, "cpu")
         return [[*src[0], *tgt[0]] for (src, tgt), _ in stream]
 
     same = lambda a, b: all(all(map(torch.equal, p, q)) for p, q in zip(a, b, strict=True))
@@ -360,7 +346,7 @@ def test_a_stream_does_not_depend_on_workers_nor_on_its_first_step(both, kind):
 
 
 def test_crops_and_centres_equal_torchvision(both):
-    (step, rows), together = steps(2)[0], rng(3, "crops", 2)
+    step, rows, together = 2, torch.randperm(30, generator=rng(2))[:8], rng(3, "crops", 2)
     crop = lambda kind: data.crop(both[kind], VIEWS, [(step, rows)], 3, slice(None), 0, "cpu")
     (disk,), (memory,) = crop("disk"), crop("memory")
     boxes = [crop_boxes(8, 36, 48, view.recipe.scale, together) for view in VIEWS]
@@ -374,7 +360,7 @@ def test_crops_and_centres_equal_torchvision(both):
                 want = TF.resized_crop(image.double(), *box.tolist(), size, mode, antialias=True)
                 assert (got[k][i] * 255 - want.clamp(0, 255)).abs().max() < 1.1, (k, i)
 
-    for size, box in ((16, (0, 6, 36, 36)), (80, (2, 8, 32, 32))):  # 36 * 224 / 256 = 31.5
+    for size, box in ((32, (0, 6, 36, 36)), (80, (2, 8, 32, 32))):  # 36 * 224 / 256 = 31.5
         want = TF.resized_crop(both["memory"].pixels, *box, [size, size], antialias=True)
         for kind, images in both.items():
             parts = data.centres(images, torch.arange(30), size, 1, "cpu", batch=7)
@@ -389,15 +375,14 @@ def test_large_jpeg_files_are_decoded_smaller(tmp_path, turn, size, decoded):
     x = TF.resize(torch.randint(50, 200, (3, 9, 12), generator=rng(1)).byte(), size)
     exif = Image.Exif()
     exif[0x0112] = turn
-    image = Image.fromarray(x.permute(1, 2, 0).numpy())
-    image.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "a.jpg", quality=95, exif=exif)
     want = x.rot90(-1, (1, 2)) if turn == 6 else x
     want = TF.resize(want.double(), decoded, antialias=True)
     assert (read_image(tmp_path / "a.jpg", need=600) - want).abs().mean() < 1
-    views = [View(replace(V2, scale=scale), size) for size, scale in ((232, (0.2, 1)), (96, (0.05, 1)))]
+    views, centre = [view(232, (0.2, 1)), view(96, (0.05, 1))], view(300, (1 / 3, 1))
     images, seen = data.scan(str(tmp_path)), []
     images.decode = lambda *a, **k: seen.append(Images.decode(images, *a, **k)) or seen[-1]
-    data.Crops(images, views, 0)[0, 0], data.Centres(images, 300, 1, False)[0]
+    data.Crops(images, views, 0)[0, 0], data.Crops(images, [centre], 0, share=1)[0, 0]
     assert [image.shape[1:] for image, *_ in seen] == [decoded] * 2  # as with need=600
     for v in views:  # of so many pixels, but for rounding, no crop is enlarged
         assert v.size - 1 <= crop_boxes(10_000, 600, 600, v.recipe.scale, rng(2))[:, 2:].min()
@@ -418,19 +403,15 @@ def test_any_shape(tmp_path, height, width):
 def test_an_error_in_a_worker_ends_in_one_line_of_its_process_and_leaves_no_worker(
         capsys, monkeypatch):
     class Broken(torch.utils.data.Dataset):
-        images = None
-
         def __getitem__(self, error):
             raise error
 
     others = {*multiprocessing.active_children()}  # of other tests
     monkeypatch.setenv("LOCAL_RANK", "1")  # the others may not have met it
-    for error, said in ((RuntimeError("unable to allocate shared memory(shm)"), "--workers 0, .*"),
-                        (DataError("no readable image"), "no readable image")):
-        with pytest.raises(SystemExit) as e:
-            next(data.loader(Broken(), [[error]], 2, "cpu"))
-        assert e.value.code == 2 and re.fullmatch(f".*{said}\n", capsys.readouterr().err)
-        assert {*multiprocessing.active_children()} <= others
+    with pytest.raises(SystemExit) as e:
+        next(data.loader(Broken(), [[DataError("no readable image")]], 2, "cpu"))
+    assert e.value.code == 2 and re.fullmatch(".*: no readable image\n", capsys.readouterr().err)
+    assert {*multiprocessing.active_children()} <= others
 
 
 def test_show_views(tmp_path):
@@ -470,9 +451,7 @@ def test_sigterm_ends_a_worker_late_but_surely(monkeypatch):
     ("stl10", "STL10", (6, 3, 96, 96), "labels"),
     ("fashion-mnist", "FashionMNIST", (6, 28, 28), "targets"),
 ])
-def test_torchvision_data_sets(tmp_path, monkeypatch, name, kind, shape, labels):
-    with pytest.raises(DataError, match=f"{name}.*--download.*--data-root"):
-        load(name, str(tmp_path))
+def test_torchvision_data_sets(monkeypatch, name, kind, shape, labels):
     x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
     def stand_in(root, download, train=None, split=None):  # as torchvision's has them

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import drill
@@ -45,6 +46,17 @@ def test_wrong_data_end_in_one_line_once_a_node(capsys, monkeypatch, local_rank,
     with pytest.raises(SystemExit) as e:
         script.guarded(work, None)
     assert e.value.code == 2 and capsys.readouterr().err == said
+
+
+def test_images_per_second_count_the_time_that_the_device_takes(tree, tmp_path, monkeypatch):
+    """numbers() waits for it."""
+    def slow(*args, numbers=script.numbers):
+        time.sleep(0.1)
+        return numbers(*args)
+
+    monkeypatch.setattr(script, "numbers", slow)
+    script.main(argv(tree, tmp_path, "--steps 2"))
+    assert all(0 < line["img_s"] <= 16 / 0.1 for line in log_lines(tmp_path, drop=()))
 
 
 # ---- signals and deaths ----
