@@ -8,7 +8,7 @@ The source encoder f_s learns by gradient; the target encoder f_t is its clone a
     theta_t = theta_s                                        the target is a clone of the source
     z_src = f_s(aug_s(x))                                    source encodings, with gradient
     z_tgt = f_t(aug_t(x))                                    target encodings, without
-    c = standardize(z_src)^T standardize(z_tgt) / N          cross-correlation of channels, (d, d)
+    c = standardize(z_src)^T standardize(z_tgt) / N          (d, d); per channel, over the batch
     L = sum_i (c_ii - 1)^2 + lambda sum_{i != j} c_ij^2;     theta_s = LARS(theta_s, dL/dtheta_s)
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
@@ -27,7 +27,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,8 +44,10 @@ from common.flags import amount, check, code_digest, fraction, given_flags, pars
 # ============================================================================== method: recipes
 from common.lars import LARS
 
-# imagenet is the original's for 100 epochs. small and demo are our choice.
-# lr_bias: of the original's 0.0048 a 16th, as its gradient is on 16 GPUs (docs/barlow.md).
+# imagenet is the original's for 1000 epochs, cut to 100. small and demo are our choice.
+# lr_bias: the original sums c over its 16 GPUs without passing gradients back, and then averages
+# them, which leaves a 16th of the true gradient. Weights under LARS do not mind; biases and BN, at
+# 0.0048, do. Here the gradient is the true one on any number of processes, the rate 0.0048 / 16.
 ARCHS = dict.fromkeys(resnet.ARCHS, {})  # for each, its own rows of RECIPES: none
 RECIPES = {
     # flag           imagenet     small        demo         meaning
@@ -119,7 +120,8 @@ class BarlowTwins(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: for a shuffle. Returns the loss and spread()'s stds."""
+        m: the target's momentum. generator: the same on all processes, unused. Returns the loss of
+        the global batch, and the encodings' spread."""
         update_target(self.target, self.source, m)
         z_src = self.source(src)  # (n, d) for each bag
         with torch.set_grad_enabled(self.symmetrize):
@@ -129,16 +131,16 @@ class BarlowTwins(nn.Module):
         return loss, spread(z_src[0], z_tgt[0])
 
     def redundancy(self, z_src, z_tgt):
-        """How far the cross-correlation of z_src and z_tgt, (n, d), of the global batch is from the
-        identity."""
+        """How far the cross-correlation c of z_src and z_tgt, (n, d), standardized by BN, is from
+        the identity, over the global batch."""
         standard_src, standard_tgt = self.standardize_src(z_src), self.standardize_tgt(z_tgt)
         c = AllSum.apply(standard_src.T @ standard_tgt) / (len(z_src) * world_size())  # (d, d)
         on, all_squares = c.diagonal(), c.square().sum()
         return (on - 1).square().sum() + self.lambd * (all_squares - on.square().sum())
 
     def chance(self, args):
-        """The loss of encodings that tell nothing."""
-        # c is 0 but for its sampling error, 1/n in the square; each BN group takes one from n
+        """The loss of independent encodings: c is then 0 but for its sampling error, 1/n in the
+        square. n: the batch less one image for each BN group (about so if one side has groups)."""
         d, n = args.dim, args.batch_size - args.bn_groups
         terms = 2 if args.multicrop_src else 1
         return terms * (d * (1 + 1 / n) + args.lambd * d * (d - 1) / n)
@@ -484,7 +486,6 @@ def train(args, about, model, sets, device):
     if world_size() > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # sync_buffers() is enough; as an argument it is deprecated
-        warnings.filterwarnings("ignore", "Grad strides")  # of 1 x 1 convolutions: the same memory
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
     since, waited, logged = time.time(), 0.0, first
     asked = since

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ from common.distributed import all_sum, barrier, check_launch, gather, mine, ran
 from common.flags import amount, check, code_digest, fraction, given_flags, parser, positive, whole
 from common.lars import LARS
 from common.transfer import METRICS, TRANSFER
-from mocov2_asym import fit, join_processes, launch, lr_factor
+from mocov2_asym import SIGNALS, fit, join_processes, launch, lr_factor
 
 # ============================================================================== protocols
 PROTOCOLS = {  # lr: per 256 images. Epochs and schedule of sgd are our choice, the paper is silent
@@ -106,7 +107,8 @@ def train(args, net, task, stage, lrs):
             check(finite or len(lrs) > 1, f"weights that are not finite, after epoch {passed}: try "
                   f"a tenth of --lr {lrs[0]}")
             log(args, {"data": task.name, "stage": stage, "epoch": passed, "lr": lrs, "loss": mean,
-                       task.metric: [grade(task, head, x, labels) for head in heads]})
+                       task.metric: [grade(task, head, x, labels) for head in heads]},
+                show=passed % max(1, args.epochs // 10) == 0)
             summed = torch.zeros_like(summed)
             save(args, file.name, {"step": step + 1, "heads": heads.state_dict(),
                                    "optimizer": optimizer.state_dict()})
@@ -187,6 +189,13 @@ def fit_l2(x, labels, classes, l2, start=None, most=1000):
                            solved=solved)
 
 
+def knn_probe(args, task):
+    """k -> top-1, for each k of --knn-k that the training images allow."""
+    bank = F.normalize(task.x.to(args.device)), task.labels.to(args.device)
+    queries = F.normalize(task.test_x.to(args.device)), task.test_labels.to(args.device)
+    return {k: knn.vote(bank, queries, k) for k in args.knn_k if k <= len(task.labels)}
+
+
 # ============================================================================== data sets
 def load_tasks(args, download=False):
     """name -> load_task(), and name -> why it is absent, of those that --transfer asks for."""
@@ -239,7 +248,9 @@ def encode(args, net, images):
     rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
     how = {"share": 1, "bicubic": True} if args.transfer else {}
     crops = data.centres(images, rows[mine()], args.size, args.workers, args.device, **how)
-    return gather(torch.cat([net(x).cpu() for x, _ in crops]))[: len(images)]
+    parts = [net(x).cpu() for x, _ in crops]
+    refuse_unreadable()
+    return gather(torch.cat(parts))[: len(images)]
 
 
 def features_of(args, net, task, steps):
@@ -254,16 +265,27 @@ def features_of(args, net, task, steps):
     steps, ahead = itertools.tee(steps)
     views = data.stream(images, plan, ahead, args.seed, mine(), args.workers, args.device)
     for (step, rows), (([[x]], _), _) in zip(steps, views, strict=True):
+        refuse_unreadable()
         parts = [net(part) for part in x.split(256)]  # a batch of 4096 would fill a small GPU
         yield step, rows[mine()], torch.cat(parts)
 
 
+def refuse_unreadable():
+    """Stops all processes if one has replaced an image, by the next: that has another label."""
+    bad = all_sum(torch.tensor(data.Images.unreadable)).item()
+    check(not bad, f"{bad} unreadable image(s); repair or remove them")
+
+
 # ============================================================================== checkpoints
-# A tensor that tells a backbone, whatever stands before its name: of a ResNet, or of lightly's
-# nn.Sequential(*resnet.children()); of a ViT of torchvision, or of timm, MoCo v3 and DINO.
-MARK = re.compile(r"(|.*\.)((layer1|4)\.0\.conv1\.weight|(class|cls)_token)")
+MARKS = (  # two tensors by which a backbone is known, whatever stands before their names
+    ("conv1.weight", "layer1.0.conv1.weight"),  # ResNets of torchvision and timm
+    ("0.weight", "4.0.conv1.weight"),  # nn.Sequential(*resnet.children()), as in lightly
+    ("conv_proj.weight", "class_token"),  # ViTs of torchvision
+    ("patch_embed.proj.weight", "cls_token"),  # ViTs of timm, MoCo v3 and DINO
+)
 TARGET = re.compile(r"(^|[._])(momentum|teacher|target|ema|k)[._]")  # in the names of a target
-HEADS = "fc.", "head", "classifier.", "linear.", "proj", "predictor.", "prototypes.", "queue"
+HEADS = ("fc.", "head.", "heads.", "classifier.", "linear.", "projector.", "projection_head.",
+         "predictor.", "prototypes.", "queue")
 RENAME = {  # nn.Sequential's, timm's ViTs' and torchvision's old names -> torchvision's
     r"^0\.": "conv1.", r"^1\.": "bn1.", r"^4\.": "layer1.", r"^5\.": "layer2.",
     r"^6\.": "layer3.", r"^7\.": "layer4.",
@@ -316,12 +338,14 @@ def load_backbone(args):
 
 def read(path):
     """A file of torch.save, as a dict. Nothing in it is executed."""
+    check(path.is_file(), f"{path}: no such file; give the folder of a run, or a checkpoint")
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # a truncated or foreign file raises nearly anything
         found = " ".join([type(e).__name__, *re.findall(r"GLOBAL ([\w.]+)", str(e))])
-        check(False, f"{path} cannot be read ({found}); give a run's folder, or a whole file of "
-              "torch.save with tensors only; docs/linear_probe.md converts others")
+        check(False, f"{path} cannot be read ({found}): is it whole? safetensors: torch."
+              "save(safetensors.torch.load_file(FILE), NEW) converts them. If it holds more than "
+              "tensors, and you trust it: load it with weights_only=False and save a state_dict")
 
 
 def flatten(found, prefix=""):
@@ -339,8 +363,9 @@ def of_run(args, run, path):
     """The backbone that the script of a run builds from run, its args.json."""
     method = str(run.get("method"))
     script = Path(__file__).parent / f"{method}.py"
-    check(method.isidentifier() and script.is_file() and run.get("format") == 3,
-          f"{path} needs the {script.name} that made it beside linear_probe.py: put it there")
+    check(method.isidentifier() and script.is_file() and run.get("format") == 3, f"{path} is of "
+          f"another version of these scripts, or {script.name} is not beside linear_probe.py; put "
+          "it there, or copy backbone.pth elsewhere, and give args.json's --mean --std --img-size")
     module = importlib.import_module(method)
     if run.get("code") != code_digest(script):
         say(f"note: {script.name} or common/ changed since {path} was trained")
@@ -351,9 +376,11 @@ def find_backbone(found, encoder, path):
     """What stands before the names of the encoder's backbone in a file, and its tensors, without
     heads, in torchvision's names."""
     flat, prefixes = flatten(found), {}
-    for name in flat:
-        if mark := MARK.fullmatch(name):
-            prefixes.setdefault(flat[name].data_ptr(), mark[1])  # shared by modules: once
+    for first, second in MARKS:
+        for name in flat:
+            prefix = name.removesuffix(first)
+            if name == prefix + first and prefix + second in flat:
+                prefixes.setdefault(flat[name].data_ptr(), prefix)  # shared by modules: once
     held = list(prefixes.values())
     check(held, f"{path} holds no backbone, but {', '.join([*flat, *map(str, found)][:4])}; give a "
           "run's folder, or a file with a ResNet or ViT in torchvision's or timm's names")
@@ -367,7 +394,8 @@ def find_backbone(found, encoder, path):
         state = {re.sub(pattern, name, k): v for k, v in state.items()}
     solo = "backbone." in prefix[0] and any(k.endswith("classifier.weight") for k in flat)
     check(not solo or "conv1.weight" not in state or state["conv1.weight"].shape[-1] != 3,
-          f"{path}: solo-learn pads a 3 x 3 first convolution by 2; if by 1, remove its classifier")
+          f"{path}: solo-learn pads a 3 x 3 first convolution by 2, others by 1, and the file does "
+          "not tell; if by 1, take its classifier out")
     return prefix[0], state
 
 
@@ -375,8 +403,8 @@ def of_others(args, state):
     """A network with the architecture whose tensors differ least from state's; arch; pixels."""
     positions = state.get("encoder.pos_embedding")  # a ViT's
     if positions is None:
-        stem = state.get("conv1.weight", torch.empty(7))
-        archs, size = resnet.ARCHS, 32 if stem.shape[-1] == 3 else 224
+        size = 224 if state["conv1.weight"].shape[-1] == 7 else 32
+        archs = resnet.ARCHS
         build = lambda arch: resnet.build(arch, size, nn.BatchNorm2d)[0]
     else:
         mocov3 = importlib.import_module("mocov3_asym")
@@ -481,7 +509,9 @@ def resolve(args, tasks):
 # ============================================================================== the run
 def work(args):
     """All that one process does."""
-    args.device, data.Images.tries = join_processes(args), 1  # another would have another label
+    for number in SIGNALS:  # what is done is saved: it may end anywhere
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    args.device, data.Images.unreadable = join_processes(args), 0
     net, backbone = load_backbone(args)
     if not args.export:
         probe(args, net, backbone)
@@ -500,6 +530,7 @@ def probe(args, net, backbone):
         load_tasks(args, download=True)
     barrier()
     tasks, absent = load_tasks(args)
+    refuse_unreadable()
     resolve(args, tasks)
     seen = {name: [t.images.names, t.test_images.names] for name, t in tasks.items()}
     about = {**vars(args), **backbone, "torch": torch.__version__, "images": seen}
@@ -533,11 +564,9 @@ def measure(args, net, task):
     if args.save_features and rank() == 0:
         save_features(args.save_features, task)
 
-    votes, device = {}, args.device
+    votes = {}
     if args.protocol not in LR_SWEEP and task.labels.ndim == 1:
-        bank = F.normalize(task.x.to(device)), task.labels.to(device)
-        queries = F.normalize(task.test_x.to(device)), task.test_labels.to(device)
-        votes = {k: knn.vote(bank, queries, k) for k in args.knn_k if k <= len(task.labels)}
+        votes = knn_probe(args, task)
     if args.protocol == "knn":
         k, task.metric = args.knn_k[0], "top-1"
         found = {"value": votes[k], "chosen": {"k": k}, "rule": "fixed"}
@@ -546,8 +575,8 @@ def measure(args, net, task):
     else:
         found = gradient_probe(args, net, task)
     held_out = len(task.held) if "search" in found["rule"] else 0
-    return {"metric": task.metric, **found, "train": len(task.labels), "held_out": held_out,
-            "test": len(task.test_labels), "knn": votes}
+    return {"metric": task.metric, **found, "protocol": args.protocol, "train": len(task.labels),
+            "held_out": held_out, "test": len(task.test_labels), "knn": votes}
 
 
 def save_features(file, task):
@@ -568,7 +597,7 @@ def report(args, results, absent):
     for name, r in results.items():
         held = f", on {r['held_out']} held-out training images" if r["held_out"] else ""
         votes = "".join(f"; kNN k={k}: {v:.1%}" for k, v in r["knn"].items())
-        say(f"{name}: {r['metric']} {r['value']:.1%} of {r['test']} test images; {args.protocol}, "
+        say(f"{name}: {r['metric']} {r['value']:.1%} of {r['test']} test images; {r['protocol']}, "
             f"{listed(r['chosen'])} ({r['rule']}{held}){votes}")
     if args.transfer:
         say(f"\n{'':12s} paper   here   in %; {args.protocol}, {r['rule']} (the paper: lr search)")
@@ -597,10 +626,10 @@ def open_run(args, about):
 
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for path in (*out.glob("search-*.pt"), *out.glob("final-*.pt")):
-            path.unlink()
+        for path in (out / "log.jsonl", *out.glob("search-*.pt"), *out.glob("final-*.pt")):
+            path.unlink(missing_ok=True)
         save(args, "result.json", json.dumps({**about, "results": {}}, indent=1))
-        Path(out, "log.jsonl").write_text(json.dumps({"command": sys.argv, **about}) + "\n")
+        log(args, {"command": sys.argv, **about}, show=False)
     barrier()
     return {}
 
@@ -613,12 +642,13 @@ def save(args, name, content):
         os.replace(aside, Path(args.out, name))
 
 
-def log(args, entry):
+def log(args, entry, show=True):
     """A line in log.jsonl, and on the terminal."""
     if rank() == 0:
         with open(Path(args.out, "log.jsonl"), "a") as f:
             f.write(json.dumps(entry) + "\n")
-    say("  " + listed(entry))
+    if show:
+        say("  " + listed(entry))
 
 
 def listed(entry):

@@ -13,7 +13,7 @@ The source encoder f_s learns by gradient; the target encoder f_t is its clone a
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
 encoder: --multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2.
---symmetrize is the original: one encoder, gradient through both views.
+--symmetrize is the original: one encoder, all other views negatives, gradient through both.
 
     python simclr_asym.py                                    a laptop: demo data, two minutes
     python simclr_asym.py --data cifar10 --download          one GPU: the CIFAR recipe
@@ -27,7 +27,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ from common.flags import amount, check, code_digest, fraction, given_flags, pars
 # ============================================================================== method: recipes
 from common.lars import LARS
 
-# imagenet is the original's for 100 epochs. small and demo are our choice.
+# imagenet is the original's for 100 epochs, with its paper's decay. small and demo are our choice.
 ARCHS = dict.fromkeys(resnet.ARCHS, {})  # for each, its own rows of RECIPES: none
 RECIPES = {
     # flag           imagenet     small        demo         meaning
@@ -70,22 +69,22 @@ RECIPES = {
 
 def method_flags(flag):
     flag("--negatives", choices=("targets", "all"), default="targets", help="all: sources' too")
-    flag("--symmetrize", action="store_true", help="the original: gradient through both views")
+    flag("--symmetrize", action="store_true", help="the original: one encoder, 2N - 2 negatives")
 
 
 def method_checks(args):
     """What cannot work, before any work."""
     check(args.temperature > 0, f"--temperature {args.temperature}: give more than 0")
     check_original(args)
-    check(not args.symmetrize or args.bn_groups == 1, "drop --bn-groups: --symmetrize needs only 1")
+    check(not args.symmetrize or args.bn_groups == 1, "--symmetrize has both views in one batch, "
+          "where BN's groups would tell which belong together; drop --bn-groups")
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug, without blur on small images: SimCLR's, with
-    half the jitter on those; images stay in [0, 1], without normalisation."""
-    both = augment.SIMCLR
-    if args.recipe != "imagenet":
-        both = replace(both, strength=(0.4, 0.4, 0.4, 0.1), blur=0.0)
+    """Recipes of source and target before AsymAug: SimCLR's; on small images half the jitter and no
+    blur. Images stay in [0, 1], without normalisation."""
+    small = replace(augment.SIMCLR, strength=(0.4, 0.4, 0.4, 0.1), blur=0.0)
+    both = augment.SIMCLR if args.recipe == "imagenet" else small
     return both, both
 
 
@@ -118,7 +117,8 @@ class SimCLR(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: for a shuffle. Returns the loss and spread()'s stds."""
+        m: the target's momentum. generator: draws the shuffle. Returns the loss, a mean over the n
+        images, and the spread of both encodings."""
         if self.symmetrize:  # both views in one batch of 2 N, each the other's target: two means
             z = self.source.encode(src[0] + tgt[0], parts=1, shuffle=None, track=True)  # (2, n, d)
             a, b = F.normalize(z, dim=2)
@@ -489,7 +489,6 @@ def train(args, about, model, sets, device):
     if world_size() > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # sync_buffers() is enough; as an argument it is deprecated
-        warnings.filterwarnings("ignore", "Grad strides")  # of 1 x 1 convolutions: the same memory
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
     since, waited, logged = time.time(), 0.0, first
     asked = since

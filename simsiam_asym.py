@@ -27,7 +27,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -469,7 +468,6 @@ def train(args, about, model, sets, device):
     if world_size() > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # sync_buffers() is enough; as an argument it is deprecated
-        warnings.filterwarnings("ignore", "Grad strides")  # of 1 x 1 convolutions: the same memory
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
     since, waited, logged = time.time(), 0.0, first
     asked = since

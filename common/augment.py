@@ -312,8 +312,10 @@ class View:
 def crops_of(plan):
     """The crops that a plan needs, in order: a View for each, two for a ScaleMix view. A plan has
     two sides (source, target), a side is a list of bags, a bag a list of Views."""
-    views = sum(sum(plan, []), [])
-    return sum([[view] * (1 + view.mix) for view in views], [])
+    crops = []
+    for view in sum(sum(plan, []), []):
+        crops += [view, view] if view.mix else [view]
+    return crops
 
 
 def make_views(plan, crops, total, generator, stats, part):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 
-from common.augment import Recipe, View, crop_batch, crop_boxes, crops_of, make_views, rng
+from common.augment import crop_batch, crop_boxes, crops_of, make_views, rng
 from common.flags import check
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,7 +47,6 @@ class Images:
     """Images of one split."""
 
     unreadable = 0  # met by this process, in any split
-    tries = 100  # images in a row, until one can be read
 
     pixels: torch.Tensor = None  # uint8 (n, 3, h, w), in memory; or None, and then
     paths: np.ndarray = None  # bytes (n,): a list would be copied into each worker as it is used
@@ -72,14 +71,14 @@ class Images:
         wrong = ""
         if self.pixels is not None:
             return self.pixels[row], row, wrong
-        for i in range(self.tries):
+        for i in range(100):
             there = (row + i) % len(self)
             path = os.fsdecode(self.paths[there])
             try:
                 return read_image(path, lost, need), there, wrong
             except Exception as e:  # PIL raises nearly anything
                 wrong = wrong or f"{path} ({type(e).__name__}: {e})"
-        raise DataError(f"no readable image in {self.tries} from {wrong} on; repair or remove it")
+        raise DataError(f"no readable image among 100, the first {wrong}")
 
     @classmethod
     def report(cls, wrong):
@@ -210,11 +209,12 @@ def load_named(name, root, download):
         return train, train, draw_demo(1024, 1)
     kind, stats = {"cifar10": ("CIFAR10", CIFAR), "cifar100": ("CIFAR100", CIFAR),
                    "stl10": ("STL10", IMAGENET), "fashion-mnist": ("FashionMNIST", HALF)}[name]
-    parts = []
-    for part in ("train+unlabeled", "test"):
-        which = {"split": part} if name == "stl10" else {"train": part != "test"}
+    parts, halves = [], ({"train": True}, {"train": False})
+    if name == "stl10":
+        halves = {"split": "train+unlabeled"}, {"split": "test"}
+    for half in halves:
         try:
-            found = getattr(torchvision.datasets, kind)(root, download=download, **which)
+            found = getattr(torchvision.datasets, kind)(root, download=download, **half)
         except (RuntimeError, OSError) as e:
             raise DataError(f"--data {name}: not in {root}/; add --download, or say where with "
                             f"--data-root ({str(e).splitlines()[0]})") from e
@@ -278,6 +278,10 @@ def scan(folder, most=None):
     classes, labels = np.unique(tops, return_inverse=True)
     classes = tuple(map(str, classes))
     left += [f"{f}, a folder without images" for f in listing(folder)[0] if f not in classes]
+    inner = {tuple(path.split("/")[:2]) for path in below if path.count("/") > 1}
+    again = sorted(f for f, n in Counter(f for _, f in inner).items() if n > 1)
+    if len(again) > 1:  # splits or domains of other names, perhaps
+        left.append(f"the level of {show(again)}, folders in several of {show(classes)}")
 
     images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
     if len(classes) > 1 and "" not in tops:
@@ -377,29 +381,44 @@ def draw_demo(n, seed, size=32):
 
 class Crops(torch.utils.data.Dataset):
     """The workers' side: (step, row) -> an image's crops, uint8 (3, s, s) for each View of views,
-    its true row, and what was wrong, see Images.decode(). need: no 3:4 crop will be enlarged.
-    share: not random crops, but the central square of that share of the shorter side."""
+    its true row, and what was wrong, see Images.decode(). need: no 3:4 crop will be enlarged."""
 
-    def __init__(self, images, views, seed, share=None):
-        self.images, self.views, self.seed, self.share = images, views, seed, share
+    def __init__(self, images, views, seed):
+        self.images, self.views, self.seed = images, views, seed
         self.need = math.ceil(max(v.size / (0.75 * v.recipe.scale[0]) ** 0.5 for v in views))
 
     def __getitem__(self, key):
-        image, really, wrong = self.images.decode(key[1], need=self.need)
-        (height, width), crops = image.shape[1:], []
-        if self.share:
-            side = round(min(height, width) * self.share)
-            boxes = [((height - side) // 2, (width - side) // 2, side, side)]
-        else:
-            scales, generator = [v.recipe.scale for v in self.views], rng(self.seed, "crops", *key)
-            boxes = crop_boxes(len(scales), height, width, scales, generator).tolist()
-
+        step, row = key
+        image, really, wrong = self.images.decode(row, need=self.need)
+        scales, crops = [view.recipe.scale for view in self.views], []
+        generator = rng(self.seed, "crops", step, row)
+        boxes = crop_boxes(len(scales), *image.shape[1:], scales, generator).tolist()
         for (top, left, h, w), view in zip(boxes, self.views, strict=True):
-            box = image[None, :, top : top + h, left : left + w]
-            mode = "bicubic" if view.recipe.bicubic else "bilinear"
-            crops.append(F.interpolate(box, view.size, mode=mode, antialias=True)[0])
+            box = image[:, top : top + h, left : left + w]
+            crops.append(resize(box, view.size, view.recipe.bicubic))
         # a tensor too: numbers would be put into shared memory by a thread that hides errors
         return crops, torch.tensor(really), wrong
+
+
+class Centres(torch.utils.data.Dataset):
+    """As Crops, row -> the central square of a share of the shorter side, uint8 (3, size, size)."""
+
+    def __init__(self, images, size, share, bicubic):
+        self.images, self.size, self.share, self.bicubic = images, size, share, bicubic
+
+    def __getitem__(self, row):
+        image, really, wrong = self.images.decode(row, need=2 * self.size)
+        h, w = image.shape[1:]
+        side = round(min(h, w) * self.share)
+        top, left = (h - side) // 2, (w - side) // 2
+        square = image[:, top : top + side, left : left + side]
+        return [resize(square, self.size, self.bicubic)], torch.tensor(really), wrong
+
+
+def resize(image, size, bicubic=False):
+    """A uint8 image (3, h, w) resized to (3, size, size) with antialiasing."""
+    mode = "bicubic" if bicubic else "bilinear"
+    return F.interpolate(image[None], size, mode=mode, antialias=True)[0]
 
 
 def global_batches(n, batch, seed, first, last):
@@ -442,10 +461,9 @@ def centres(images, rows, size, workers, device, share=None, bicubic=False, batc
     [0, 1] on the device, and the rows that they really are. They are the central square of a share
     of the shorter side, by default all up to size 64, 7/8 above (resize to 256, crop 224)."""
     share = share or (1 if size <= 64 else 224 / 256)
-    view = View(Recipe(scale=(1 / 3, 1.0), bicubic=bicubic), size)  # 1 / 3: files at twice the size
     workers = workers if images.pixels is None else 0
-    batches = ([(0, row) for row in part.tolist()] for part in rows.split(batch))
-    for (x,), really in loader(Crops(images, [view], 0, share), batches, workers, device):
+    batches = (part.tolist() for part in rows.split(batch))
+    for (x,), really in loader(Centres(images, size, share, bicubic), batches, workers, device):
         yield x, really
 
 
@@ -460,11 +478,16 @@ def loader(dataset, batches, workers, device):
                 multiprocessing_context="fork" if fork else None,
                 generator=torch.Generator()):  # else it would draw from the global one
             Images.report(wrong)
-            # times 1 / 255, as a GPU divides: levels that end between two round alike everywhere
+            # not / 255, which a GPU rounds in another way
             yield [x.to(device, non_blocking=True) * (1 / 255) for x in crops], rows
-    except DataError as e:  # this process's alone, perhaps; a worker's begins with its traceback
+    except (DataError, RuntimeError) as e:  # this process's alone, perhaps
+        why = str(e).strip().rpartition("\n")[2]  # above it is the worker's traceback
+        if "shared memory" in str(e):
+            why = "/dev/shm is too small for workers; add --workers 0, or docker run --shm-size 16g"
+        elif not isinstance(e, DataError):
+            raise
         e.with_traceback(None)  # in which it refers to itself and to the workers: now these end
-        check(False, str(e).strip().rpartition("\n")[2], alone=True)
+        check(False, why, alone=True)
 
 
 def begin_worker(worker):
