@@ -26,6 +26,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,10 +98,9 @@ class MoCoV2(nn.Module):
         norm = lambda sync: partial(BatchNorm, groups=1 if sync else args.bn_groups)
 
         def encoder(sync):  # AsymBN (Sec. 4.4): SyncBN in one projector; footnote 4: everywhere
-            head = norm(sync)
-            body = norm(sync and args.bn_scope == "all")
-            backbone, width = resnet.build(args.arch, args.img_size, body)
-            return Encoder(backbone, projector(args, width, head), args)
+            bn_body = norm(sync and args.bn_scope == "all")
+            backbone, width = resnet.build(args.arch, args.img_size, bn_body)
+            return Encoder(backbone, projector(args, width, norm(sync)), args)
 
         self.source = encoder(args.sync_bn_src)
         self.target = encoder(args.asym_bn)
@@ -145,7 +145,7 @@ class MoCoV2(nn.Module):
         self.queue_ptr.copy_((place[-1:] + 1) % len(self.queue))
 
     def chance(self, args):
-        """The loss of encodings that tell nothing."""
+        """The loss of encodings that tell nothing. Change it with the loss."""
         return (2 if args.multicrop_src else 1) * math.log(1 + args.queue)
 
     def optimizer(self, args):
@@ -250,8 +250,8 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class SyncNorm(torch.autograd.Function):
-    """F.batch_norm over the x of all processes, equally many from each, by torch's own kernels: one
-    exchange forward, one backward. Backward needs x and two statistics for each channel."""
+    """F.batch_norm over the x of all processes, equally many from each, with one exchange forward,
+    one backward, which needs x and two statistics. nn.SyncBatchNorm lacks CPUs, waits for GPUs."""
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, weight, bias, training, momentum, eps):
@@ -458,6 +458,7 @@ def train(args, about, model, sets, device):
     if world_size() > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # sync_buffers() is enough; as an argument it is deprecated
+        warnings.filterwarnings("ignore", "Grad strides")  # of 1 x 1 convolutions: no difference
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
     since, waited, logged = time.time(), 0.0, first
     asked = since

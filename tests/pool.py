@@ -155,7 +155,6 @@ class Pool:
 
 def worker(pipe):
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "Grad strides")  # a GPU's, of 1 x 1 convolutions: no fault
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
     with contextlib.suppress(EOFError):  # when the tests have ended, in whatever way

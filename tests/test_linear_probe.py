@@ -412,7 +412,7 @@ def test_a_runs_network_is_that_of_its_own_script(run_folder, tmp_path, monkeypa
     monkeypatch.setattr(probe, "__file__", str(tmp_path / "linear_probe.py"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    network = ("nn.Sequential(nn.Conv2d(3, 8, 3, 2), body(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), "
+    network = ("nn.Sequential(nn.Conv2d(3, 8, 3, 2), bn_body(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), "
                "nn.Flatten()), 8")
     text = Path(mocov2_asym.__file__).read_text()
     Path("mine.py").write_text(re.sub(r"resnet\.build\(.*\)", lambda _: network, text))
