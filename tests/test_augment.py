@@ -117,6 +117,14 @@ def test_randaugment_equals_pil(name):
     assert changed.sum() >= {"Solarize": 4, "Color": 6, "AutoContrast": 3}.get(name, 7)
 
 
+@pytest.mark.parametrize("name", ["Equalize", "Posterize", "Solarize", "SolarizeAdd"])
+def test_rounding_decides_no_level(name):
+    """Level k is k / 255 on a CPU, and k times 1 / 255 on a GPU."""
+    levels = torch.arange(256.0).view(1, 1, 16, 16).repeat(64, 3, 1, 1)
+    m, sign = torch.linspace(0.75, 1, 64), torch.ones(64)
+    close(*(by_name(x, name, m, sign) for x in (levels / 255, levels * (1 / 255))))
+
+
 # ---- crops and ScaleMix ----
 
 @pytest.mark.parametrize("bicubic", [False, True])
