@@ -250,8 +250,8 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class SyncNorm(torch.autograd.Function):
-    """F.batch_norm over the x of all processes, equally many from each, with one exchange forward,
-    one backward, which needs x and two statistics. nn.SyncBatchNorm lacks CPUs, waits for GPUs."""
+    """F.batch_norm over the x of all processes, equally many from each. One exchange forward, one
+    backward, for which x and two statistics are kept. nn.SyncBatchNorm does not run on CPUs."""
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, weight, bias, training, momentum, eps):
@@ -458,7 +458,7 @@ def train(args, about, model, sets, device):
     if world_size() > 1:
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # sync_buffers() is enough; as an argument it is deprecated
-        warnings.filterwarnings("ignore", "Grad strides")  # of 1 x 1 convolutions: no difference
+        warnings.filterwarnings("ignore", "Grad strides")  # 1 x 1 convolutions': harmless
     batches = data.global_batches(len(sets[0]), args.batch_size, args.seed, first, last)
     since, waited, logged = time.time(), 0.0, first
     asked = since
