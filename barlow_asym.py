@@ -45,10 +45,8 @@ from common.flags import amount, check, code_digest, fraction, given_flags, pars
 # ============================================================================== method: recipes
 from common.lars import LARS
 
-# imagenet is the original's for 1000 epochs, cut to 100. small and demo are our choice.
-# lr_bias: the original sums c over its 16 GPUs without passing gradients back, and then averages
-# them, which leaves a 16th of the true gradient. Weights under LARS do not mind; biases and BN, at
-# 0.0048, do. Here the gradient is the true one on any number of processes, the rate 0.0048 / 16.
+# imagenet is the original's for 1000 epochs, cut to 100. small and demo are our choice. lr_bias is
+# the original's 0.0048 / 16, as that had a 16th of the true gradient (docs/barlow.md, detail 4).
 ARCHS = dict.fromkeys(resnet.ARCHS, {})  # for each, its own rows of RECIPES: none
 RECIPES = {
     # flag           imagenet     small        demo         meaning
@@ -74,7 +72,7 @@ RECIPES = {
 
 def method_flags(flag):
     flag("--swap-aug", action="store_true", help="swap the recipes of source and target")
-    flag("--symmetrize", action="store_true", help="the original: gradient through both views")
+    flag("--symmetrize", action="store_true", help="the original, as said above")
 
 
 def method_checks(args):
@@ -83,11 +81,9 @@ def method_checks(args):
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug, without blur on small images: BYOL's two. Which
-    one the paper gave to the source is not known; ours always blurs, as PIL, never solarizes."""
+    """Recipes of source and target before AsymAug: BYOL's two, the blur PIL's. Which one the paper
+    gave to the source is not known; ours always blurs and never solarizes."""
     first, second = (replace(one, pil_blur=True) for one in (augment.BYOL1, augment.BYOL2))
-    if args.recipe != "imagenet":
-        first, second = replace(first, blur=0.0), replace(second, blur=0.0)
     return (second, first) if args.swap_aug else (first, second)
 
 
@@ -120,8 +116,8 @@ class BarlowTwins(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: the same on all processes, unused. Returns the loss of
-        the global batch, and the encodings' spread."""
+        m: the target's momentum. generator: the same on all processes, for the shuffle. Returns the
+        loss, whose mean over the processes is minimised, and the spread of the encodings."""
         update_target(self.target, self.source, m)
         z_src = self.source(src)  # (n, d) for each bag
         with torch.set_grad_enabled(self.symmetrize):
@@ -134,36 +130,23 @@ class BarlowTwins(nn.Module):
         """How far the cross-correlation c of z_src and z_tgt, (n, d), standardized by BN, is from
         the identity, over the global batch."""
         standard_src, standard_tgt = self.standardize_src(z_src), self.standardize_tgt(z_tgt)
-        c = AllSum.apply(standard_src.T @ standard_tgt) / (len(z_src) * world_size())  # (d, d)
+        c = all_sum(standard_src.T @ standard_tgt) / (len(z_src) * world_size())  # (d, d)
         on, all_squares = c.diagonal(), c.square().sum()
         return (on - 1).square().sum() + self.lambd * (all_squares - on.square().sum())
 
     def chance(self, args):
-        """The loss of independent encodings: c is then 0 but for its sampling error, 1/n in the
-        square. n: the batch less one image for each BN group (about so if one side has groups)."""
-        d, n = args.dim, args.batch_size - args.bn_groups
+        """The loss of independent encodings. Change it with the loss."""
+        d, n = args.dim, args.batch_size - args.bn_groups  # c_ij^2 is then 1 / n on average
         terms = 2 if args.multicrop_src else 1
         return terms * (d * (1 + 1 / n) + args.lambd * d * (d - 1) / n)
 
     def optimizer(self, args):
-        """LARS. peak: the learning rate that the schedule scales, for biases and BN another."""
+        """LARS. peak: the learning rate that the schedule scales."""
         params = [p for p in self.parameters() if p.requires_grad]
         weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
         groups = [{"params": weights, "peak": args.peak_lr},
                   {"params": others, "peak": args.lr_bias * args.batch_size / 256}]
         return LARS(groups, lr=args.peak_lr, weight_decay=args.wd)
-
-
-class AllSum(torch.autograd.Function):
-    """Sum over processes. An addend acts on the losses of all, so gradients are summed as well."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return all_sum(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_sum(grad)
 
 
 def projector(args, width, bn):
@@ -320,6 +303,8 @@ def plan_views(args):
     tgt = args.aug_tgt, args.scalemix_tgt, args.mean_enc, args.multicrop_tgt
     plan = []
     for base, (aug, mix, n, multicrop) in zip(augmentations(args), (src, tgt), strict=True):
+        if args.recipe != "imagenet":  # small images are not blurred
+            base = replace(base, blur=0.0)
         recipe = change[aug](base)  # AsymAug (Sec. 4.3)
         if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":  # weak() sets its own
             recipe = replace(recipe, scale=tuple(args.large_scale))

@@ -6,9 +6,9 @@ CVPR 2022. Grill et al.: Bootstrap Your Own Latent, NeurIPS 2020.
 The source encoder f_s learns by gradient; the target encoder f_t follows it and judges it:
 
     theta_t = m theta_t + (1 - m) theta_s                    the target follows the source; m -> 1
-    z_src = f_s(aug_s(x));  p_src = normalize(h(z_src))      source encodings, then the predictor
-    z_tgt = normalize(f_t(aug_t(x)))                         target encodings, without gradient
-    L = mean of |p_src - z_tgt|^2 = 2 - 2 p_src.z_tgt        no negatives
+    z_src = f_s(aug_s(x));  p_src = h(z_src)                 source encodings, then the predictor
+    z_tgt = f_t(aug_t(x))                                    target encodings, without gradient
+    L = mean of 2 - 2 cos(p_src, z_tgt)                      no negatives
     theta_s, h = LARS((theta_s, h), dL/d(theta_s, h))
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
@@ -69,7 +69,7 @@ RECIPES = {
 
 def method_flags(flag):
     flag("--swap-aug", action="store_true", help="swap the recipes of source and target")
-    flag("--symmetrize", action="store_true", help="the original: both directions, summed")
+    flag("--symmetrize", action="store_true", help="the original, as said above")
 
 
 def method_checks(args):
@@ -79,11 +79,9 @@ def method_checks(args):
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug: BYOL's two, without blur on small images. Which
-    one the paper gave to the source is not known; ours always blurs and never solarizes."""
+    """Recipes of source and target before AsymAug: BYOL's two. Which one the paper gave to the
+    source is not known; ours always blurs and never solarizes."""
     first, second = augment.BYOL1, augment.BYOL2
-    if args.recipe != "imagenet":
-        first, second = replace(first, blur=0.0), replace(second, blur=0.0)
     return (second, first) if args.swap_aug else (first, second)
 
 
@@ -114,8 +112,8 @@ class BYOL(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: the same on all processes, unused. Returns the loss, a
-        mean over the n images, and both spreads."""
+        m: the target's momentum. generator: the same on all processes, for the shuffle. Returns the
+        loss, whose mean over the processes is minimised, and the spread of the encodings."""
         update_target(self.target, self.source, m)
         loss, spreads = self.one_way(src, tgt)
         if self.symmetrize:
@@ -124,16 +122,16 @@ class BYOL(nn.Module):
 
     def one_way(self, src, tgt):
         z_src = self.source(src)  # (n, d) for each bag
-        p_src = [F.normalize(self.predictor(z)) for z in z_src]
+        p_src = [self.predictor(z) for z in z_src]
         with torch.no_grad():
-            z_tgt = [F.normalize(z) for z in self.target(tgt)]
+            z_tgt = self.target(tgt)
 
         loss = over_crops(self.distance, p_src, z_tgt)
         return loss, spread(z_src[0], z_tgt[0])
 
     def distance(self, p_src, z_tgt):
-        """Mean squared distance of unit vectors p_src (n, d) and z_tgt (n, d)."""
-        return (2 - 2 * (p_src * z_tgt).sum(1)).mean()
+        """Mean squared distance of p_src and z_tgt, (n, d), as unit vectors."""
+        return (2 - 2 * F.cosine_similarity(p_src, z_tgt)).mean()
 
     def chance(self, args):
         """The loss of encodings that tell nothing. Change it with the loss."""
@@ -305,6 +303,8 @@ def plan_views(args):
     tgt = args.aug_tgt, args.scalemix_tgt, args.mean_enc, args.multicrop_tgt
     plan = []
     for base, (aug, mix, n, multicrop) in zip(augmentations(args), (src, tgt), strict=True):
+        if args.recipe != "imagenet":  # small images are not blurred
+            base = replace(base, blur=0.0)
         recipe = change[aug](base)  # AsymAug (Sec. 4.3)
         if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":  # weak() sets its own
             recipe = replace(recipe, scale=tuple(args.large_scale))

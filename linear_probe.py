@@ -304,13 +304,11 @@ def load_backbone(args):
     stem; ImageNet's normalisation."""
     path, run, names = Path(args.checkpoint), {}, ""
     files = {"source": "backbone.pth", "target": "backbone_target.pth"}
+    if path.name == "last.pt" and path.with_name("args.json").exists():
+        path = path.parent
     path = path / files[args.encoder] if path.is_dir() else path
     state, beside = read(path), path.with_name("args.json")
-    if state.keys() >= {"args", "step", "model"} and "method" in state["args"]:  # last.pt
-        run, names = state["args"], f"{args.encoder}.backbone."
-        model = state["model"].items()
-        state = {k.removeprefix(names): v for k, v in model if k.startswith(names)}
-    elif path.name in files.values() and beside.exists():
+    if path.name in files.values() and beside.exists():
         check(path.name == files[args.encoder], f"{path} is not the {args.encoder}'s; give the "
               "run's folder, or the other --encoder")
         run = json.loads(beside.read_text())
@@ -321,8 +319,6 @@ def load_backbone(args):
         names, state = find_backbone(state, args.encoder, path)
         net, arch, size = of_others(args, state)
     if not args.untrained:
-        whole = [k for k, v in state.items() if not v.is_floating_point() and "batches" not in k]
-        check(not whole, f"{path}: {whole[:1]} and others are integers; is it quantised?")
         fit(net, state, f"{path} (its {names}*; nearest is {arch})")
 
     mean = args.mean or run.get("mean", data.IMAGENET[0])
@@ -343,8 +339,7 @@ def read(path):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # a truncated or foreign file raises nearly anything
         found = " ".join([type(e).__name__, *re.findall(r"GLOBAL ([\w.]+)", str(e))])
-        check(False, f"{path} cannot be read ({found}): is it whole? safetensors: torch."
-              "save(safetensors.torch.load_file(FILE), NEW) converts them. If it holds more than "
+        check(False, f"{path} cannot be read ({found}): is it whole? If it holds more than "
               "tensors, and you trust it: load it with weights_only=False and save a state_dict")
 
 

@@ -6,9 +6,10 @@ CVPR 2022. Chen, Fan, Girshick, He: Improved Baselines with Momentum Contrastive
 The source encoder f_s learns by gradient; the target encoder f_t follows it and judges it:
 
     theta_t = m theta_t + (1 - m) theta_s                    the target follows the source
-    z_src = normalize(f_s(aug_s(x)))                         source encodings, with gradient
-    z_tgt = normalize(f_t(shuffle(aug_t(x))))                target encodings, without
-    L = mean of -log(exp(z_src.z_tgt/tau) / (exp(z_src.z_tgt/tau) + sum_k exp(z_src.queue_k/tau)))
+    z_src = f_s(aug_s(x))                                    source encodings, with gradient
+    z_tgt = f_t(shuffle(aug_t(x)))                           target encodings, without
+    L = mean of -log(exp(s/tau) / (exp(s/tau) + sum_k exp(s_k/tau)))
+    s = cos(z_src, z_tgt);   s_k = cos(z_src, queue_k)
     queue = newest K of (z_tgt, queue);   theta_s = SGD(theta_s, dL/dtheta_s)
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
@@ -82,9 +83,8 @@ def method_checks(args):
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug: MoCo v2's, without blur on small images."""
-    both = augment.V2 if args.recipe == "imagenet" else replace(augment.V2, blur=0.0)
-    return both, both
+    """Recipes of source and target before AsymAug: MoCo v2's."""
+    return augment.V2, augment.V2
 
 
 # ============================================================================== method: model
@@ -117,21 +117,22 @@ class MoCoV2(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: draws the shuffle. Returns the loss, a mean over the n
-        images, and the spread of both encodings."""
+        m: the target's momentum. generator: the same on all processes, for the shuffle. Returns the
+        loss, whose mean over the processes is minimised, and the spread of the encodings."""
         update_target(self.target, self.source, m)
-        z_src = [F.normalize(z) for z in self.source(src)]  # (n, d) for each bag
+        z_src = self.source(src)  # (n, d) for each bag
         with torch.no_grad():
-            z_tgt = [F.normalize(z) for z in self.target(tgt, generator)]
+            z_tgt = self.target(tgt, generator)
 
         queue = self.queue.clone()  # backward needs these keys, and the new ones overwrite some
         loss = over_crops(partial(self.info_nce, queue=queue), z_src, z_tgt)
-        self.enqueue(gather(z_tgt[0]))  # one key per image, from its large views
+        self.enqueue(gather(F.normalize(z_tgt[0])))  # one key per image, from its large views
         return loss, spread(z_src[0], z_tgt[0])
 
     def info_nce(self, z_src, z_tgt, queue):
-        """Cross-entropy of the positive among 1 + K logits. Unit vectors z_src (n, d), z_tgt
-        (n, d), queue (K, d)."""
+        """Cross-entropy of the positive among 1 + K logits. z_src and z_tgt: (n, d); queue: unit
+        vectors (K, d)."""
+        z_src, z_tgt = F.normalize(z_src), F.normalize(z_tgt)
         positive = (z_src * z_tgt).sum(1, keepdim=True)  # (n, 1)
         logits = torch.cat([positive, z_src @ queue.T], 1) / self.temperature  # (n, 1 + K)
         first = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
@@ -303,6 +304,8 @@ def plan_views(args):
     tgt = args.aug_tgt, args.scalemix_tgt, args.mean_enc, args.multicrop_tgt
     plan = []
     for base, (aug, mix, n, multicrop) in zip(augmentations(args), (src, tgt), strict=True):
+        if args.recipe != "imagenet":  # small images are not blurred
+            base = replace(base, blur=0.0)
         recipe = change[aug](base)  # AsymAug (Sec. 4.3)
         if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":  # weak() sets its own
             recipe = replace(recipe, scale=tuple(args.large_scale))

@@ -6,9 +6,9 @@ CVPR 2022. Chen, Xie, He: An Empirical Study of Training Self-Supervised Vision 
 The source encoder f_s learns by gradient; the target encoder f_t follows it and judges it:
 
     theta_t = m theta_t + (1 - m) theta_s                    the target follows the source; m -> 1
-    z_src = f_s(aug_s(x));  p_src = normalize(h(z_src))      source encodings, then the predictor
-    z_tgt = normalize(f_t(aug_t(x)))                         target encodings, without gradient
-    L = mean of -2 tau log(exp(p_src_i.z_tgt_i/tau) / sum_j exp(p_src_i.z_tgt_j/tau))
+    z_src = f_s(aug_s(x));  p_src = h(z_src)                 source encodings, then the predictor
+    z_tgt = f_t(aug_t(x))                                    target encodings, without gradient
+    L = mean of -2 tau log(exp(s_ii/tau) / sum_j exp(s_ij/tau));   s_ij = cos(p_src_i, z_tgt_j)
     theta_s, h = LARS((theta_s, h), dL/d(theta_s, h))        j: the batch; AdamW for a ViT
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
@@ -74,7 +74,7 @@ RECIPES = {
 
 def method_flags(flag):
     flag("--swap-aug", action="store_true", help="swap the recipes of source and target")
-    flag("--symmetrize", action="store_true", help="the original: both directions, summed")
+    flag("--symmetrize", action="store_true", help="the original, as said above")
     vit_flags(flag)
 
 
@@ -87,13 +87,11 @@ def method_checks(args):
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug: BYOL's two, without blur on small images. Which
-    one the paper gave to the source is not known; ours always blurs and never solarizes. A ResNet's
-    crops begin at 0.2 of the area, a ViT's at 0.08; interpolation is bilinear, the blur PIL's."""
+    """Recipes of source and target before AsymAug: BYOL's two. Which one the paper gave to the
+    source is not known; ours always blurs and never solarizes. A ResNet's crops begin at 0.2 of the
+    area, a ViT's at 0.08; interpolation is bilinear, the blur PIL's."""
     own = {"scale": (0.08 if is_vit(args) else 0.2, 1.0), "bicubic": False, "pil_blur": True}
     first, second = replace(augment.BYOL1, **own), replace(augment.BYOL2, **own)
-    if args.recipe != "imagenet":
-        first, second = replace(first, blur=0.0), replace(second, blur=0.0)
     return (second, first) if args.swap_aug else (first, second)
 
 
@@ -127,8 +125,8 @@ class MoCoV3(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: draws the shuffle. Returns the loss, a mean over the n
-        images, and the spread of both encodings."""
+        m: the target's momentum. generator: the same on all processes, for the shuffle. Returns the
+        loss, whose mean over the processes is minimised, and the spread of the encodings."""
         update_target(self.target, self.source, m)
         loss, spreads = self.one_way(src, tgt, generator)
         if self.symmetrize:
@@ -137,16 +135,17 @@ class MoCoV3(nn.Module):
 
     def one_way(self, src, tgt, generator):
         z_src = self.source(src)  # (n, d) for each bag
-        p_src = [F.normalize(self.predictor(z)) for z in z_src]
+        p_src = [self.predictor(z) for z in z_src]
         with torch.no_grad():
-            z_tgt = [F.normalize(z) for z in self.target(tgt, generator if self.shuffle else None)]
+            z_tgt = self.target(tgt, generator if self.shuffle else None)
 
-        loss = over_crops(self.info_nce, p_src, [gather(z) for z in z_tgt])
+        loss = over_crops(self.info_nce, p_src, z_tgt)
         return loss, spread(z_src[0], z_tgt[0])
 
     def info_nce(self, p_src, z_tgt):
-        """2 tau times the cross-entropy of an image's own target among the batch's. Unit vectors
-        p_src (n, d), z_tgt (N, d)."""
+        """2 tau times the cross-entropy of an image's own target among the global batch's. p_src
+        and z_tgt: (n, d)."""
+        p_src, z_tgt = F.normalize(p_src), gather(F.normalize(z_tgt))  # (n, d), (N, d)
         own = torch.arange(len(z_tgt), device=z_tgt.device)[mine()]
         logits = p_src @ z_tgt.T / self.temperature  # (n, N)
         return 2 * self.temperature * F.cross_entropy(logits, own)
@@ -417,6 +416,8 @@ def plan_views(args):
     tgt = args.aug_tgt, args.scalemix_tgt, args.mean_enc, args.multicrop_tgt
     plan = []
     for base, (aug, mix, n, multicrop) in zip(augmentations(args), (src, tgt), strict=True):
+        if args.recipe != "imagenet":  # small images are not blurred
+            base = replace(base, blur=0.0)
         recipe = change[aug](base)  # AsymAug (Sec. 4.3)
         if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":  # weak() sets its own
             recipe = replace(recipe, scale=tuple(args.large_scale))

@@ -6,14 +6,14 @@ CVPR 2022. Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive 
 The source encoder f_s learns by gradient; the target encoder f_t is its clone and judges it:
 
     theta_t = theta_s                                        the target is a clone of the source
-    z_src = normalize(f_s(aug_s(x)))                         source encodings, with gradient
-    z_tgt = normalize(f_t(aug_t(x)))                         target encodings, without
-    L = mean of -log(exp(z_src_i.z_tgt_i/tau) / sum_j exp(z_src_i.z_tgt_j/tau))
+    z_src = f_s(aug_s(x))                                    source encodings, with gradient
+    z_tgt = f_t(aug_t(x))                                    target encodings, without
+    L = mean of -log(exp(s_ii/tau) / sum_j exp(s_ij/tau));   s_ij = cos(z_src_i, z_tgt_j)
     theta_s = LARS(theta_s, dL/dtheta_s)                     j: the batch
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
 encoder: --multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2.
---symmetrize is the original: one encoder, all other views negatives, gradient through both.
+--symmetrize is the original: one encoder, gradient through both views.
 
     python simclr_asym.py                                    a laptop: demo data, two minutes
     python simclr_asym.py --data cifar10 --download          one GPU: the CIFAR recipe
@@ -70,21 +70,19 @@ RECIPES = {
 
 def method_flags(flag):
     flag("--negatives", choices=("targets", "all"), default="targets", help="all: sources' too")
-    flag("--symmetrize", action="store_true", help="the original: one encoder, 2N - 2 negatives")
+    flag("--symmetrize", action="store_true", help="the original, as said above")
 
 
 def method_checks(args):
     """What cannot work, before any work."""
     check(args.temperature > 0, f"--temperature {args.temperature}: give more than 0")
     check_original(args)
-    check(not args.symmetrize or args.bn_groups == 1, "--symmetrize has both views in one batch, "
-          "where BN's groups would tell which belong together; drop --bn-groups")
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug: SimCLR's; on small images half the jitter and no
-    blur. Images stay in [0, 1], without normalisation."""
-    small = replace(augment.SIMCLR, strength=(0.4, 0.4, 0.4, 0.1), blur=0.0)
+    """Recipes of source and target before AsymAug: SimCLR's, on small images with half the jitter.
+    Images stay in [0, 1], without normalisation."""
+    small = replace(augment.SIMCLR, strength=(0.4, 0.4, 0.4, 0.1))
     both = augment.SIMCLR if args.recipe == "imagenet" else small
     return both, both
 
@@ -117,29 +115,29 @@ class SimCLR(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: draws the shuffle. Returns the loss, a mean over the n
-        images, and the spread of both encodings."""
-        if self.symmetrize:  # both views in one batch of 2 N, each the other's target: two means
-            z = self.source.encode(src[0] + tgt[0], parts=1, shuffle=None, track=True)  # (2, n, d)
-            a, b = F.normalize(z, dim=2)
-            loss = self.info_nce(a, Gather.apply(b)) + self.info_nce(b, Gather.apply(a))
-            return loss, spread(a, b)
+        m: the target's momentum. generator: the same on all processes, for the shuffle. Returns the
+        loss, whose mean over the processes is minimised, and the spread of the encodings."""
+        shuffle = generator if self.shuffle else None
+        if self.symmetrize:  # a batch of 2 N, each view the other's target, 2 N - 2 negatives
+            a, b = self.source.encode(src[0] + tgt[0], 1, shuffle, track=True)  # (n, d) each
+            return self.info_nce(a, b) + self.info_nce(b, a), spread(a, b)
 
         update_target(self.target, self.source, m)
-        z_src = [F.normalize(z) for z in self.source(src)]  # (n, d) for each bag
+        z_src = self.source(src)  # (n, d) for each bag
         with torch.no_grad():
-            z_tgt = [F.normalize(z) for z in self.target(tgt, generator if self.shuffle else None)]
+            z_tgt = self.target(tgt, shuffle)
 
-        loss = over_crops(self.info_nce, z_src, [gather(z) for z in z_tgt])
+        loss = over_crops(self.info_nce, z_src, z_tgt)
         return loss, spread(z_src[0], z_tgt[0])
 
     def info_nce(self, z_src, z_tgt):
-        """Cross-entropy of an image's own target. Unit vectors z_src (n, d), z_tgt (N, d).
-        Negatives: other images' z_tgt and, if sources count too, z_src, with gradient to both."""
+        """Cross-entropy of an image's own target among the global batch's. z_src and z_tgt: (n, d).
+        If sources count too, other images' z_src are negatives as well, with gradient to them."""
+        z_src, z_tgt = F.normalize(z_src), gather(F.normalize(z_tgt))  # (n, d), (N, d)
         own = torch.arange(len(z_tgt), device=z_tgt.device)[mine()]
         logits = z_src @ z_tgt.T  # (n, N)
         if self.sources_too:
-            others = z_src @ Gather.apply(z_src).T  # of these itself gets -inf
+            others = z_src @ gather(z_src).T  # of these itself gets -inf
             logits = torch.cat([logits, others.scatter(1, own[:, None], -math.inf)], 1)
         return F.cross_entropy(logits / self.temperature, own)
 
@@ -149,28 +147,16 @@ class SimCLR(nn.Module):
         return terms * math.log(2 * args.batch_size - 1 if self.sources_too else args.batch_size)
 
     def optimizer(self, args):
-        """LARS. peak: the learning rate that the schedule scales. classic: SimCLR's momentum."""
+        """LARS. peak: the learning rate that the schedule scales."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": params, "peak": args.peak_lr}]
         return LARS(groups, lr=args.peak_lr, weight_decay=args.wd, classic=True)
 
 
-class Gather(torch.autograd.Function):
-    """gather(), (n, d) -> (N, d), whose result acts on the losses of all: gradients are summed."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return gather(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_sum(grad)[mine()]
-
-
 def projector(args, width, bn):
     """SimCLR's: at the end a BN with scale, without shift."""
     last = bn(args.dim)
-    last.bias.requires_grad_(False)  # 0
+    last.bias.requires_grad_(False)
     return mlp([width] + [args.hidden] * (args.layers - 1) + [args.dim], bn, last=[last])
 
 
@@ -323,6 +309,8 @@ def plan_views(args):
     tgt = args.aug_tgt, args.scalemix_tgt, args.mean_enc, args.multicrop_tgt
     plan = []
     for base, (aug, mix, n, multicrop) in zip(augmentations(args), (src, tgt), strict=True):
+        if args.recipe != "imagenet":  # small images are not blurred
+            base = replace(base, blur=0.0)
         recipe = change[aug](base)  # AsymAug (Sec. 4.3)
         if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":  # weak() sets its own
             recipe = replace(recipe, scale=tuple(args.large_scale))

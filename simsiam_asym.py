@@ -6,9 +6,9 @@ CVPR 2022. Chen, He: Exploring Simple Siamese Representation Learning, CVPR 2021
 The source encoder f_s learns by gradient; the target encoder f_t is its clone and judges it:
 
     theta_t = theta_s                                        the target is a clone of the source
-    z_src = f_s(aug_s(x));  p_src = normalize(h(z_src))      source encodings, then the predictor
-    z_tgt = normalize(f_t(aug_t(x)))                         target encodings, without gradient
-    L = mean of -p_src.z_tgt                                 no negatives
+    z_src = f_s(aug_s(x));  p_src = h(z_src)                 source encodings, then the predictor
+    z_tgt = f_t(aug_t(x))                                    target encodings, without gradient
+    L = mean of -cos(p_src, z_tgt)                           no negatives
     theta_s, h = SGD((theta_s, h), dL/d(theta_s, h))
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
@@ -66,7 +66,7 @@ RECIPES = {
 
 
 def method_flags(flag):
-    flag("--symmetrize", action="store_true", help="the original: both directions, half the sum")
+    flag("--symmetrize", action="store_true", help="the original, as said above")
 
 
 def method_checks(args):
@@ -75,9 +75,8 @@ def method_checks(args):
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug: MoCo v2's, without blur on small images."""
-    both = augment.V2 if args.recipe == "imagenet" else replace(augment.V2, blur=0.0)
-    return both, both
+    """Recipes of source and target before AsymAug: MoCo v2's."""
+    return augment.V2, augment.V2
 
 
 # ============================================================================== method: model
@@ -107,8 +106,8 @@ class SimSiam(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: the same on all processes, unused. Returns the loss, a
-        mean over the n images, and both spreads."""
+        m: the target's momentum. generator: the same on all processes, for the shuffle. Returns the
+        loss, whose mean over the processes is minimised, and the spread of the encodings."""
         update_target(self.target, self.source, m)
         loss, spreads = self.one_way(src, tgt)
         if self.symmetrize:
@@ -117,16 +116,16 @@ class SimSiam(nn.Module):
 
     def one_way(self, src, tgt):
         z_src = self.source(src)  # (n, d) for each bag
-        p_src = [F.normalize(self.predictor(z)) for z in z_src]
+        p_src = [self.predictor(z) for z in z_src]
         with torch.no_grad():
-            z_tgt = [F.normalize(z) for z in self.target(tgt)]
+            z_tgt = self.target(tgt)
 
         loss = over_crops(self.distance, p_src, z_tgt)
         return loss, spread(z_src[0], z_tgt[0])
 
     def distance(self, p_src, z_tgt):
-        """Mean negative cosine of unit vectors p_src (n, d) and z_tgt (n, d)."""
-        return -(p_src * z_tgt).sum(1).mean()
+        """Mean negative cosine of p_src and z_tgt, (n, d)."""
+        return -F.cosine_similarity(p_src, z_tgt).mean()
 
     def chance(self, args):
         """The loss of encodings that tell nothing. Change it with the loss."""
@@ -302,6 +301,8 @@ def plan_views(args):
     tgt = args.aug_tgt, args.scalemix_tgt, args.mean_enc, args.multicrop_tgt
     plan = []
     for base, (aug, mix, n, multicrop) in zip(augmentations(args), (src, tgt), strict=True):
+        if args.recipe != "imagenet":  # small images are not blurred
+            base = replace(base, blur=0.0)
         recipe = change[aug](base)  # AsymAug (Sec. 4.3)
         if (args.multicrop_src or args.multicrop_tgt) and aug != "weak":  # weak() sets its own
             recipe = replace(recipe, scale=tuple(args.large_scale))

@@ -11,11 +11,7 @@ its slice. So a run does not depend on the number of processes; resuming needs n
 Order: flip, jitter (its parts in an order of the image's own), grey, blur, solarize, RandAugment,
 normalize. The papers' codes flip first or last; it commutes with all but RandAugment, which the
 paper's code has last. Each operation equals torchvision's functional form (tests/test_augment.py
-gives the tolerances). Deviations:
-  * The blur is cut at 11 pixels (BYOL's 23 taps at 224 px), or at the border below 12 px, and
-    reflects images there; PIL repeats the border's pixels.
-  * BYOL's and SimCLR v1's brightness is additive in their code; here it multiplies.
-  * RandAugment interpolates bilinearly; timm's picks bilinear or bicubic at random.
+gives the tolerances). What the papers' codes do otherwise: docs/designs.md, choices 11 to 14.
 """
 
 import hashlib
@@ -328,7 +324,6 @@ def make_views(plan, crops, total, generator, stats, part):
             boxes.append(scalemix_boxes(total, view.size, generator)[part])
             draws[view.size].append(draw(view.recipe, total, generator))
 
-    stats = stats if plan[0][0][0].recipe.normalize else ([0.0] * 3, [1.0] * 3)
     for size, several in draws.items():  # in one batch: a GPU starts each operation once
         x = torch.cat([x for x in crops if x.shape[3] == size])
         params = {k: torch.cat([p[k][part] for p in several]) for k in several[0]}

@@ -141,8 +141,6 @@ def load_files(name, tell):
     sets, knn = (images, None, None), "no kNN"
     if held:
         queries = os.path.basename(held)
-        if os.path.samefile(train, held):
-            raise DataError(f"--data {name}: {queries}/ is {source}/ itself, by a link")
         val = in_memory(scan(held), tell)
         if odd := sorted(set(images.classes) ^ set(val.classes)):
             raise DataError(f"--data {name}: {source}/ and {queries}/ differ in class folders, as "
@@ -278,10 +276,6 @@ def scan(folder, most=None):
     classes, labels = np.unique(tops, return_inverse=True)
     classes = tuple(map(str, classes))
     left += [f"{f}, a folder without images" for f in listing(folder)[0] if f not in classes]
-    inner = {tuple(path.split("/")[:2]) for path in below if path.count("/") > 1}
-    again = sorted(f for f, n in Counter(f for _, f in inner).items() if n > 1)
-    if len(again) > 1:  # splits or domains of other names, perhaps
-        left.append(f"the level of {show(again)}, folders in several of {show(classes)}")
 
     images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
     if len(classes) > 1 and "" not in tops:

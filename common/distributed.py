@@ -22,23 +22,40 @@ def mine():
     return slice(rank(), None, world_size())
 
 
-def all_sum(x):
-    """Sum over processes, as a new tensor without gradient."""
-    x = x.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
+class AllSum(torch.autograd.Function):
+    """Sum over processes, as a new tensor. An addend acts on the losses of all processes, so its
+    gradient is the sum of theirs: right where the mean of the losses is minimised, as by DDP."""
 
-
-@torch.no_grad()
-def gather(x):
-    """The global batch (N, ...), in its order, from each process's (n, ...); without gradient."""
-    if world_size() == 1:
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        if world_size() > 1:
+            dist.all_reduce(x)
         return x
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x)
-    return torch.stack(parts, 1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_sum(grad)
+
+
+class Gather(torch.autograd.Function):
+    """The global batch (N, ...), in its order, of each process's (n, ...). Gradients: as above."""
+
+    @staticmethod
+    def forward(ctx, x):
+        if world_size() == 1:
+            return x.view_as(x)
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
+        return torch.stack(parts, 1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_sum(grad)[mine()]
+
+
+all_sum, gather = AllSum.apply, Gather.apply
 
 
 def barrier():

@@ -38,7 +38,6 @@ WRONG = [  # flags, what the one line says of them, and the scripts if not all s
     ("--arch vit_tiny --asym-bn --bn-scope all", "drop --bn-scope", "mocov3"),
     ("--arch vit_tiny --init {other.pth}", "it has learned positions, and heads", "mocov3"),
     ("--symmetrize --mean-enc 2", "or --mean-enc", "mocov3 simclr byol simsiam barlow"),
-    ("--symmetrize --bn-groups 8", "drop --bn-groups", "simclr"),
     ("--data cifar10 --data-root {tree}", "add --download"),
     ("--batch-size 64", "more than the 48 images"),
     ("--init {other.pth}", "conv1.weight"), ("--out {other.pth}", "is no folder"),

@@ -88,10 +88,6 @@ def test_train_and_val(tmp_path):
     images, bank, queries = load(str(tmp_path))
     assert images is bank and images.labels.tolist() == [0] * 4 + [1] * 4
     assert queries.labels.tolist() == [0, 0, 1, 1] and names(queries, tmp_path) == files
-    (tmp_path / "val").rename(tmp_path / ".held")
-    (tmp_path / "val").symlink_to(tmp_path / "train")
-    with pytest.raises(DataError, match="val/ is train/ itself"):
-        load(str(tmp_path))
 
 
 @pytest.mark.parametrize("files, said", [
@@ -102,7 +98,7 @@ def test_train_and_val(tmp_path):
     ("train2017 val2017", "from train2017,.* 4 of val2017"), ("train val more", "train, val, more to train"),
     ("train/1.png bus/2.png car/3.png", "3 .*3 classes .bus, car, train"),
     ("trainval eval", "from trainval,.* 4 of eval"), ("Train_set test-2", "Train_set, .*of test-2"),
-    ("seg_train seg_pred", "2 classes .*of a, b, folders in several of seg_pred, seg_t"), ("val a b", "of val, a, b to train"),
+    ("seg_train seg_pred", "2 classes .seg_pred, seg_train."), ("val a b", "of val, a, b to train"),
     ("notes/n.txt z/train z/val", "z/ in it has splits.*use .*/z"), ("val 1.png", "of val to train"),
     ("c/a.heic val/b.heic train val", "left out: c beside train, in val: 1 .heic$"),
     ("val test", "val, test to train"), ("train train_2", "train, train_2 to train"),
