@@ -46,7 +46,7 @@ from common.flags import amount, check, code_digest, fraction, given_flags, pars
 from common.lars import LARS
 
 # imagenet is the original's for 1000 epochs, cut to 100. small and demo are our choice. lr_bias is
-# the original's 0.0048 / 16, as that had a 16th of the true gradient (docs/barlow.md, detail 4).
+# the original's 0.0048 / 16: its gradient was a 16th of the true one (docs/barlow.md, detail 4).
 ARCHS = dict.fromkeys(resnet.ARCHS, {})  # for each, its own rows of RECIPES: none
 RECIPES = {
     # flag           imagenet     small        demo         meaning
@@ -81,8 +81,8 @@ def method_checks(args):
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug: BYOL's two, the blur PIL's. Which one the paper
-    gave to the source is not known; ours always blurs and never solarizes."""
+    """BYOL's recipes for source and target, the blur PIL's. Which one the paper gave to the source
+    is not known; ours always blurs. plan_views() takes the blur from small images."""
     first, second = (replace(one, pil_blur=True) for one in (augment.BYOL1, augment.BYOL2))
     return (second, first) if args.swap_aug else (first, second)
 
@@ -116,8 +116,8 @@ class BarlowTwins(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: the same on all processes, for the shuffle. Returns the
-        loss, whose mean over the processes is minimised, and the spread of the encodings."""
+        m: the target's momentum. generator: the same on all processes. Returns the loss, of which
+        the mean over processes is minimised, and the spread of the encodings."""
         update_target(self.target, self.source, m)
         z_src = self.source(src)  # (n, d) for each bag
         with torch.set_grad_enabled(self.symmetrize):
@@ -135,17 +135,17 @@ class BarlowTwins(nn.Module):
         return (on - 1).square().sum() + self.lambd * (all_squares - on.square().sum())
 
     def chance(self, args):
-        """The loss of independent encodings. Change it with the loss."""
-        d, n = args.dim, args.batch_size - args.bn_groups  # c_ij^2 is then 1 / n on average
+        """The loss of independent encodings: c_ij^2 is 1 / n, n the batch less one a BN group."""
+        d, n = args.dim, args.batch_size - args.bn_groups
         terms = 2 if args.multicrop_src else 1
         return terms * (d * (1 + 1 / n) + args.lambd * d * (d - 1) / n)
 
     def optimizer(self, args):
         """LARS. peak: the learning rate that the schedule scales."""
         params = [p for p in self.parameters() if p.requires_grad]
-        weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+        weights, biases = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
         groups = [{"params": weights, "peak": args.peak_lr},
-                  {"params": others, "peak": args.lr_bias * args.batch_size / 256}]
+                  {"params": biases, "peak": args.lr_bias * args.batch_size / 256}]
         return LARS(groups, lr=args.peak_lr, weight_decay=args.wd)
 
 
@@ -203,10 +203,11 @@ class Encoder(nn.Module):
 
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm on virtual devices, for (n, c) and (n, c, h, w). Image i of the global batch is
-    normalised with those of group i mod G, on any number of processes; G = 1 is SyncBN; within an
-    encoder G is its own or 1. Rows are (n, groups here, parts): few kernels; or, if grouped,
-    (groups here, n, parts): fast on CPUs, channels stay last. Parts have statistics of their own.
-    Running statistics: means over groups; sync_buffers() takes the mean over processes."""
+    normalised with those of group i mod G, on any number of processes: of 8 images with G = 4, the
+    first of two processes holds 0 2 4 6, in groups 0 4 and 2 6. G = 1 is SyncBN; within an encoder
+    G is its own or 1. Rows are (n, groups here, parts): few kernels; or, if grouped, (groups here,
+    n, parts): fast on CPUs, channels stay last. Parts have statistics of their own. Running
+    statistics are means over groups; sync_buffers() takes the mean over processes."""
     parts, track, grouped = 1, True, False  # in the pass at hand: Encoder.encode() sets them
 
     def __init__(self, features, groups=1, affine=True):

@@ -304,11 +304,13 @@ def load_backbone(args):
     stem; ImageNet's normalisation."""
     path, run, names = Path(args.checkpoint), {}, ""
     files = {"source": "backbone.pth", "target": "backbone_target.pth"}
-    if path.name == "last.pt" and path.with_name("args.json").exists():
-        path = path.parent
     path = path / files[args.encoder] if path.is_dir() else path
     state, beside = read(path), path.with_name("args.json")
-    if path.name in files.values() and beside.exists():
+    if state.keys() >= {"args", "step", "model"} and "method" in state["args"]:  # last.pt
+        run, names = state["args"], f"{args.encoder}.backbone."
+        model = state["model"].items()
+        state = {k.removeprefix(names): v for k, v in model if k.startswith(names)}
+    elif path.name in files.values() and beside.exists():
         check(path.name == files[args.encoder], f"{path} is not the {args.encoder}'s; give the "
               "run's folder, or the other --encoder")
         run = json.loads(beside.read_text())

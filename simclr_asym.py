@@ -80,8 +80,8 @@ def method_checks(args):
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug: SimCLR's, on small images with half the jitter.
-    Images stay in [0, 1], without normalisation."""
+    """SimCLR's recipe for source and target; its images stay in [0, 1], without normalisation. On
+    small images half the jitter, and plan_views() takes the blur from them."""
     small = replace(augment.SIMCLR, strength=(0.4, 0.4, 0.4, 0.1))
     both = augment.SIMCLR if args.recipe == "imagenet" else small
     return both, both
@@ -115,11 +115,11 @@ class SimCLR(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: the same on all processes, for the shuffle. Returns the
-        loss, whose mean over the processes is minimised, and the spread of the encodings."""
+        m: the target's momentum. generator: the same on all processes. Returns the loss, of which
+        the mean over processes is minimised, and the spread of the encodings."""
         shuffle = generator if self.shuffle else None
         if self.symmetrize:  # a batch of 2 N, each view the other's target, 2 N - 2 negatives
-            a, b = self.source.encode(src[0] + tgt[0], 1, shuffle, track=True)  # (n, d) each
+            a, b = self.source.encode([*src[0], *tgt[0]], parts=1, shuffle=shuffle, track=True)
             return self.info_nce(a, b) + self.info_nce(b, a), spread(a, b)
 
         update_target(self.target, self.source, m)
@@ -137,7 +137,7 @@ class SimCLR(nn.Module):
         own = torch.arange(len(z_tgt), device=z_tgt.device)[mine()]
         logits = z_src @ z_tgt.T  # (n, N)
         if self.sources_too:
-            others = z_src @ gather(z_src).T  # of these itself gets -inf
+            others = z_src @ gather(z_src).T  # (n, N), and none is its own negative:
             logits = torch.cat([logits, others.scatter(1, own[:, None], -math.inf)], 1)
         return F.cross_entropy(logits / self.temperature, own)
 
@@ -150,7 +150,7 @@ class SimCLR(nn.Module):
         """LARS. peak: the learning rate that the schedule scales."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": params, "peak": args.peak_lr}]
-        return LARS(groups, lr=args.peak_lr, weight_decay=args.wd, classic=True)
+        return LARS(groups, lr=args.peak_lr, weight_decay=args.wd, classic=True)  # its own momentum
 
 
 def projector(args, width, bn):
@@ -209,10 +209,11 @@ class Encoder(nn.Module):
 
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm on virtual devices, for (n, c) and (n, c, h, w). Image i of the global batch is
-    normalised with those of group i mod G, on any number of processes; G = 1 is SyncBN; within an
-    encoder G is its own or 1. Rows are (n, groups here, parts): few kernels; or, if grouped,
-    (groups here, n, parts): fast on CPUs, channels stay last. Parts have statistics of their own.
-    Running statistics: means over groups; sync_buffers() takes the mean over processes."""
+    normalised with those of group i mod G, on any number of processes: of 8 images with G = 4, the
+    first of two processes holds 0 2 4 6, in groups 0 4 and 2 6. G = 1 is SyncBN; within an encoder
+    G is its own or 1. Rows are (n, groups here, parts): few kernels; or, if grouped, (groups here,
+    n, parts): fast on CPUs, channels stay last. Parts have statistics of their own. Running
+    statistics are means over groups; sync_buffers() takes the mean over processes."""
     parts, track, grouped = 1, True, False  # in the pass at hand: Encoder.encode() sets them
 
     def __init__(self, features, groups=1, affine=True):

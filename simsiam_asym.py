@@ -13,7 +13,7 @@ The source encoder f_s learns by gradient; the target encoder f_t is its clone a
 
 The paper's finding: keep the target's variance below the source's. Each design is a flag, on either
 encoder: --multicrop-src --scalemix-src --asym-aug --aug-src strong --asym-bn --mean-enc 2.
---symmetrize is the original, in which each view goes through both encoders.
+--symmetrize is the original: each view goes through both encoders; half the sum of both losses.
 
     python simsiam_asym.py                                   a laptop: demo data, two minutes
     python simsiam_asym.py --data cifar10 --download         one GPU: the CIFAR recipe
@@ -75,7 +75,7 @@ def method_checks(args):
 
 
 def augmentations(args):
-    """Recipes of source and target before AsymAug: MoCo v2's."""
+    """MoCo v2's recipe for source and target. plan_views() takes the blur from small images."""
     return augment.V2, augment.V2
 
 
@@ -106,8 +106,8 @@ class SimSiam(nn.Module):
 
     def forward(self, src, tgt, m, generator):
         """One step on this process's n of the N images. src, tgt: bags of views, see plan_views().
-        m: the target's momentum. generator: the same on all processes, for the shuffle. Returns the
-        loss, whose mean over the processes is minimised, and the spread of the encodings."""
+        m: the target's momentum. generator: the same on all processes. Returns the loss, of which
+        the mean over processes is minimised, and the spread of the encodings."""
         update_target(self.target, self.source, m)
         loss, spreads = self.one_way(src, tgt)
         if self.symmetrize:
@@ -201,10 +201,11 @@ class Encoder(nn.Module):
 
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm on virtual devices, for (n, c) and (n, c, h, w). Image i of the global batch is
-    normalised with those of group i mod G, on any number of processes; G = 1 is SyncBN; within an
-    encoder G is its own or 1. Rows are (n, groups here, parts): few kernels; or, if grouped,
-    (groups here, n, parts): fast on CPUs, channels stay last. Parts have statistics of their own.
-    Running statistics: means over groups; sync_buffers() takes the mean over processes."""
+    normalised with those of group i mod G, on any number of processes: of 8 images with G = 4, the
+    first of two processes holds 0 2 4 6, in groups 0 4 and 2 6. G = 1 is SyncBN; within an encoder
+    G is its own or 1. Rows are (n, groups here, parts): few kernels; or, if grouped, (groups here,
+    n, parts): fast on CPUs, channels stay last. Parts have statistics of their own. Running
+    statistics are means over groups; sync_buffers() takes the mean over processes."""
     parts, track, grouped = 1, True, False  # in the pass at hand: Encoder.encode() sets them
 
     def __init__(self, features, groups=1, affine=True):

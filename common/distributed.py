@@ -28,7 +28,7 @@ class AllSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         if world_size() > 1:
             dist.all_reduce(x)
         return x
@@ -45,10 +45,9 @@ class Gather(torch.autograd.Function):
     def forward(ctx, x):
         if world_size() == 1:
             return x.view_as(x)
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x)
-        return torch.stack(parts, 1).flatten(0, 1)
+        parts = x.new_empty(world_size(), *x.shape)
+        dist.all_gather(list(parts), x.contiguous())
+        return parts.transpose(0, 1).flatten(0, 1)
 
     @staticmethod
     def backward(ctx, grad):

@@ -679,22 +679,21 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, mon
     save(state | {"bn1.bias": state["bn1.bias"] * math.nan}, "nan.pth")
     save({k: 0 * v for k, v in state.items()}, "zero.pth")
     save(prefixed(state, "backbone.") | zeros("", "classifier.weight"), "solo.pth")
-    about = json.loads((run_folder / "args.json").read_text())
+    last = torch.load(run_folder / "last.pt", weights_only=True)
     for i, change in enumerate(({"method": "planted"}, {"method": "../x"}, {"format": 2})):
-        shutil.copytree(run_folder, f"run{i}")
-        Path(f"run{i}", "args.json").write_text(json.dumps(about | change))
+        save({**last, "args": {**last["args"], **change}}, f"last{i}.pt")
     shutil.copytree(run_folder, "other")
     save(encoders[0], "other/backbone.pth")
 
     for name, words in {
         "part.pth": "is it whole?", "nowhere": "no such file; give the",
         ".": "no such file; give the folder", "list.pth": "cannot be read",
-        "head.pth": "holds no backbone, but weight, ", "run2": "of another version",
+        "head.pth": "holds no backbone, but weight, ", "last2.pt": "of another version",
         "none.pth": "no backbone, but epoch", "dino.pth": "(UnpicklingError argparse.Namespace)",
         "evil.pth": "If it holds more than tensors, and you trust it: load it with weights_only",
         "nan.pth": "are not finite", "zero.pth": "or all the same; are the weights, --mean",
         "solo.pth": "solo-learn pads a 3 x 3 first convolution by 2",
-        "run0": "planted.py is not beside", "run1": "is not beside",
+        "last0.pt": "planted.py is not beside", "last1.pt": "is not beside",
         "other": 'Unexpected key(s) in state_dict: "layer1.1.',
     }.items():
         assert words in refuse(name, "--data", "demo", "--out", "out", *flags("knn")), name

@@ -305,6 +305,7 @@ def test_the_imagenet_recipes_are_the_originals(which):
     assert all((r.scale, r.bicubic) == ((scale, 1), bicubic) for r in both)
     assert all((r.flip, r.jitter, r.grey) == (0.5, 0.8, 0.2) for r in both)
     assert all(r.normalize != (script is SIMCLR) and not r.randaugment for r in both)
+    assert [bags[0][0].recipe.blur for bags in script.plan_views(args)] == [c[0] for c in changes]
     bags = script.plan_views(small)
     assert all(view.recipe.blur == 0 for [view, *_] in bags[0] + bags[1])
     if changes is BYOLS:
