@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from glob import glob
 
 import numpy as np
 import torch
@@ -135,7 +136,7 @@ def load_files(name, tell):
     held = held if images.classes else ""
     source, left = os.path.basename(os.path.abspath(train)), list(images.left)
     if train != name:
-        others = (x for x in sum(listing(name), []) if os.path.join(name, x) not in (train, held))
+        others = sorted({*glob("*", root_dir=name)} - {source, os.path.basename(held)})
         left += [f"{x} beside {source}" for x in others]
 
     sets, knn = (images, None, None), "no kNN"
@@ -165,16 +166,10 @@ def show(names, most=3):
     return ", ".join(repr(name)[1:-1] for name in names[:most]) + more
 
 
-def listing(folder):
-    """The names of the folders and of the files in a folder, sorted, without hidden ones."""
-    _, *both = next(os.walk(folder), ("", [], []))
-    return [sorted(name for name in names if not name.startswith(".")) for names in both]
-
-
 def splits(folder):
     """The folder to train on, and the one for kNN queries, or "". One whose name has a word of
     TRAIN is a split if all with images beside it are, too. DataError if that leaves it open."""
-    path = {f: os.path.join(folder, f) for f in listing(folder)[0]}
+    path = {f[:-1]: os.path.join(folder, f[:-1]) for f in sorted(glob("*/", root_dir=folder))}
     folders = [f for f in path if any(walk(path[f], Counter()))]
     kind = lambda f: next((w for w in re.split("[^a-z]+", f.lower()) if w in TRAIN + HELD), "")
     train = [f for f in folders if kind(f) in TRAIN]
@@ -275,7 +270,8 @@ def scan(folder, most=None):
     tops = [os.path.dirname(path).split("/")[0] for path in below]  # "" for none
     classes, labels = np.unique(tops, return_inverse=True)
     classes = tuple(map(str, classes))
-    left += [f"{f}, a folder without images" for f in listing(folder)[0] if f not in classes]
+    folders = sorted(glob("*/", root_dir=folder))
+    left += [f"{f} without images" for f in folders if f[:-1] not in classes]
 
     images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
     if len(classes) > 1 and "" not in tops:

@@ -105,7 +105,7 @@ def test_train_and_val(tmp_path):
     ("cup/train cup/test jar/train jar/test", "cup/ in it has splits.*use .*/cup"),
     ("a/1.png b/2.jfif b/3.HEIC a/4.heic b/.5.png", "left out: 2 .heic, 1 hidden$"),
     ("a/1.png b/2.png .c/3.png", "left out: 1 hidden folder$"),
-    ("a/1.png b/2.png c/3.heic", "(a, b).* left out: 1 .heic, c, a folder without images"),
+    ("a/1.png b/2.png c/3.heic", "(a, b).* left out: 1 .heic, c/ without images"),
     ("a/1.png b/2.png é.png", r"no labels; no kNN; left out: labels, as \\xe9.png is in no class"),
     ("a/1.png a/b/2.png", "labels, as all images are in a"), ("1.png", "as 1.png is in no class f"),
     ("train val val/newt/1.png", "train/ and val/ differ in class folders, as in newt; make"),
