@@ -248,7 +248,7 @@ def encode(args, net, images):
     rows = torch.arange(math.ceil(len(images) / world_size()) * world_size()) % len(images)
     how = {"share": 1, "bicubic": True} if args.transfer else {}
     crops = data.centres(images, rows[mine()], args.size, args.workers, args.device, **how)
-    parts = [net(x).cpu() for x, _ in crops]
+    parts = [net(x).cpu() for x in crops]
     refuse_unreadable()
     return gather(torch.cat(parts))[: len(images)]
 

@@ -67,16 +67,15 @@ class Images:
         return replace(self, **{k: v[rows] for k, v in columns.items() if v is not None})
 
     def decode(self, row, lost=None, need=1024):
-        """Image number row, see read_image(), the row it really is, and what was wrong, or "". One
-        that cannot be read is replaced by the next, so that processes and resumed runs agree."""
-        wrong = ""
+        """Image number row, see read_image(), and what was wrong with it, or "". One that cannot be
+        read is replaced by the next, so that processes and resumed runs agree; labels stay."""
         if self.pixels is not None:
-            return self.pixels[row], row, wrong
-        for i in range(100):
-            there = (row + i) % len(self)
-            path = os.fsdecode(self.paths[there])
+            return self.pixels[row], ""
+        wrong = ""
+        for there in range(row, row + 100):
+            path = os.fsdecode(self.paths[there % len(self)])
             try:
-                return read_image(path, lost, need), there, wrong
+                return read_image(path, lost, need), wrong
             except Exception as e:  # PIL raises nearly anything
                 wrong = wrong or f"{path} ({type(e).__name__}: {e})"
         raise DataError(f"no readable image among 100, the first {wrong}")
@@ -309,7 +308,7 @@ def in_memory(images, tell):
     sample = range(0, len(images), max(1, len(images) // 50))
     lost, shapes = Counter(), set()
     for row in sample:
-        pixels, _, wrong = images.decode(row, lost)
+        pixels, wrong = images.decode(row, lost)
         lost["what cannot be read: the next instead"] += wrong != ""
         shapes.add(pixels.shape)
     images.left[:0] = [f"{k}, in {n} of {len(sample)} looked at" for k, n in lost.items() if n]
@@ -317,12 +316,12 @@ def in_memory(images, tell):
     if len(shapes) > 1 or len(images) * math.prod(*shapes) > IN_MEMORY:
         return images
     with ThreadPoolExecutor(8) as pool:
-        pixels, rows, wrong = zip(*pool.map(images.decode, range(len(images))), strict=True)
+        pixels, wrong = zip(*pool.map(images.decode, range(len(images))), strict=True)
     if len({x.shape for x in pixels}) > 1:
         return images
     if tell:
         images.report(wrong)
-    return replace(images[rows], pixels=torch.stack(pixels))
+    return replace(images, pixels=torch.stack(pixels))
 
 
 def draw_demo(n, seed, size=32):
@@ -371,7 +370,7 @@ def draw_demo(n, seed, size=32):
 
 class Crops(torch.utils.data.Dataset):
     """The workers' side: (step, row) -> an image's crops, uint8 (3, s, s) for each View of views,
-    its true row, and what was wrong, see Images.decode(). need: no 3:4 crop will be enlarged."""
+    and what was wrong, see Images.decode(). need: no 3:4 crop will be enlarged."""
 
     def __init__(self, images, views, seed):
         self.images, self.views, self.seed = images, views, seed
@@ -379,15 +378,14 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         step, row = key
-        image, really, wrong = self.images.decode(row, need=self.need)
+        image, wrong = self.images.decode(row, need=self.need)
         scales, crops = [view.recipe.scale for view in self.views], []
         generator = rng(self.seed, "crops", step, row)
         boxes = crop_boxes(len(scales), *image.shape[1:], scales, generator).tolist()
         for (top, left, h, w), view in zip(boxes, self.views, strict=True):
             box = image[:, top : top + h, left : left + w]
             crops.append(resize(box, view.size, view.recipe.bicubic))
-        # a tensor too: numbers would be put into shared memory by a thread that hides errors
-        return crops, torch.tensor(really), wrong
+        return crops, wrong
 
 
 class Centres(torch.utils.data.Dataset):
@@ -397,12 +395,12 @@ class Centres(torch.utils.data.Dataset):
         self.images, self.size, self.share, self.bicubic = images, size, share, bicubic
 
     def __getitem__(self, row):
-        image, really, wrong = self.images.decode(row, need=2 * self.size)
+        image, wrong = self.images.decode(row, need=2 * self.size)
         h, w = image.shape[1:]
         side = round(min(h, w) * self.share)
         top, left = (h - side) // 2, (w - side) // 2
         square = image[:, top : top + side, left : left + side]
-        return [resize(square, self.size, self.bicubic)], torch.tensor(really), wrong
+        return [resize(square, self.size, self.bicubic)], wrong
 
 
 def resize(image, size, bicubic=False):
@@ -442,34 +440,33 @@ def crop(images, views, steps, seed, part, workers, device):
             yield crops
         return
     batches = ([(step, row) for row in rows[part].tolist()] for step, rows in steps)
-    for crops, _ in loader(Crops(images, views, seed), batches, workers, device):
-        yield crops
+    yield from loader(Crops(images, views, seed), batches, workers, device)
 
 
 def centres(images, rows, size, workers, device, share=None, bicubic=False, batch=256):
     """Yields images for evaluation, in the order of rows (n,), as floats (n, 3, size, size) in
-    [0, 1] on the device, and the rows that they really are. They are the central square of a share
-    of the shorter side, by default all up to size 64, 7/8 above (resize to 256, crop 224)."""
+    [0, 1] on the device: the central square of a share of the shorter side, by default all up to
+    size 64, 7/8 above (resize to 256, crop 224)."""
     share = share or (1 if size <= 64 else 224 / 256)
     workers = workers if images.pixels is None else 0
     batches = (part.tolist() for part in rows.split(batch))
-    for (x,), really in loader(Centres(images, size, share, bicubic), batches, workers, device):
-        yield x, really
+    for (x,) in loader(Centres(images, size, share, bicubic), batches, workers, device):
+        yield x
 
 
 def loader(dataset, batches, workers, device):
     """Yields, for each list of keys in batches, the dataset's crops of them, as floats in [0, 1] on
-    the device, and the rows that they really are; names those that cannot be read, or ends."""
+    the device; names images that cannot be read, or ends."""
     fork = workers and sys.platform == "linux"  # 3.14's default would import torch in each worker
     try:
-        for crops, rows, wrong in torch.utils.data.DataLoader(
+        for crops, wrong in torch.utils.data.DataLoader(
                 dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=begin_worker,
                 pin_memory=torch.device(device).type == "cuda",
                 multiprocessing_context="fork" if fork else None,
                 generator=torch.Generator()):  # else it would draw from the global one
             Images.report(wrong)
             # not / 255, which a GPU rounds in another way
-            yield [x.to(device, non_blocking=True) * (1 / 255) for x in crops], rows
+            yield [x.to(device, non_blocking=True) * (1 / 255) for x in crops]
     except (DataError, RuntimeError) as e:  # this process's alone, perhaps
         why = str(e).strip().rpartition("\n")[2]  # above it is the worker's traceback
         if "shared memory" in str(e):

@@ -23,11 +23,9 @@ def accuracy(backbone, bank, queries, size, workers, device):
 def features(backbone, images, rows, size, workers, device):
     """Features of unit length (n, c) and labels (n,) of the images rows (n,)."""
     mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in images.stats)
-    encoded, read = [], []
-    for x, really in data.centres(images, rows, size, workers, device):
-        encoded.append(F.normalize(backbone((x - mean) / std)))
-        read.append(really)
-    return torch.cat(encoded), images.labels[torch.cat(read)].to(device)
+    crops = data.centres(images, rows, size, workers, device)
+    encoded = [F.normalize(backbone((x - mean) / std)) for x in crops]
+    return torch.cat(encoded), images.labels[rows].to(device)
 
 
 def vote(bank, queries, k=200, temperature=0.1):

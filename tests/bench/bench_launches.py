@@ -134,7 +134,7 @@ def count(name, flags, world, batch=32):
 
         stack.enter_context(processes(world))
         replace(torch, autocast=lambda *args, enabled: Autocast() if enabled else nullcontext())
-        loaded = crops, torch.zeros(batch, dtype=torch.long), [""] * batch  # as Crops has it, collated
+        loaded = crops, [""] * batch  # as Crops has it, collated
         replace(torch.utils.data, DataLoader=lambda *args, **kwargs: itertools.repeat(loaded))
         replace(data, make_views=step.within("views", data.make_views))
         replace(script.BatchNorm, forward=step.within("BN", script.BatchNorm.forward))
