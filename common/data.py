@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 
-from common.augment import crop_batch, crop_boxes, crops_of, make_views, rng
+from common.augment import Recipe, View, crop_batch, crop_boxes, crops_of, make_views, rng
 from common.flags import check
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -370,43 +370,31 @@ def draw_demo(n, seed, size=32):
 
 class Crops(torch.utils.data.Dataset):
     """The workers' side: (step, row) -> an image's crops, uint8 (3, s, s) for each View of views,
-    and what was wrong, see Images.decode(). need: no 3:4 crop will be enlarged."""
+    and what was wrong, see Images.decode(). Drawn from (seed, step, row); or, with a share, the
+    central square of a share of the shorter side."""
 
-    def __init__(self, images, views, seed):
-        self.images, self.views, self.seed = images, views, seed
-        self.need = math.ceil(max(v.size / (0.75 * v.recipe.scale[0]) ** 0.5 for v in views))
+    def __init__(self, images, views, seed=0, share=None):
+        self.images, self.views, self.seed, self.share = images, views, seed, share
+        sizes = [v.size / (0.75 * v.recipe.scale[0]) ** 0.5 for v in views]  # enlarges no 3:4 crop
+        self.need = 2 * views[0].size if share else math.ceil(max(sizes))
 
     def __getitem__(self, key):
         step, row = key
         image, wrong = self.images.decode(row, need=self.need)
-        scales, crops = [view.recipe.scale for view in self.views], []
-        generator = rng(self.seed, "crops", step, row)
-        boxes = crop_boxes(len(scales), *image.shape[1:], scales, generator).tolist()
-        for (top, left, h, w), view in zip(boxes, self.views, strict=True):
-            box = image[:, top : top + h, left : left + w]
-            crops.append(resize(box, view.size, view.recipe.bicubic))
-        return crops, wrong
-
-
-class Centres(torch.utils.data.Dataset):
-    """As Crops, row -> the central square of a share of the shorter side, uint8 (3, size, size)."""
-
-    def __init__(self, images, size, share, bicubic):
-        self.images, self.size, self.share, self.bicubic = images, size, share, bicubic
-
-    def __getitem__(self, row):
-        image, wrong = self.images.decode(row, need=2 * self.size)
         h, w = image.shape[1:]
-        side = round(min(h, w) * self.share)
-        top, left = (h - side) // 2, (w - side) // 2
-        square = image[:, top : top + side, left : left + side]
-        return [resize(square, self.size, self.bicubic)], wrong
+        if self.share:
+            side = round(min(h, w) * self.share)
+            boxes = [((h - side) // 2, (w - side) // 2, side, side)]
+        else:
+            scales, generator = [v.recipe.scale for v in self.views], rng(self.seed, "crops", *key)
+            boxes = crop_boxes(len(scales), h, w, scales, generator).tolist()
 
-
-def resize(image, size, bicubic=False):
-    """A uint8 image (3, h, w) resized to (3, size, size) with antialiasing."""
-    mode = "bicubic" if bicubic else "bilinear"
-    return F.interpolate(image[None], size, mode=mode, antialias=True)[0]
+        crops = []
+        for (top, left, h, w), view in zip(boxes, self.views, strict=True):
+            box = image[None, :, top : top + h, left : left + w]
+            mode = "bicubic" if view.recipe.bicubic else "bilinear"
+            crops.append(F.interpolate(box, view.size, mode=mode, antialias=True)[0])
+        return crops, wrong
 
 
 def global_batches(n, batch, seed, first, last):
@@ -447,10 +435,10 @@ def centres(images, rows, size, workers, device, share=None, bicubic=False, batc
     """Yields images for evaluation, in the order of rows (n,), as floats (n, 3, size, size) in
     [0, 1] on the device: the central square of a share of the shorter side, by default all up to
     size 64, 7/8 above (resize to 256, crop 224)."""
-    share = share or (1 if size <= 64 else 224 / 256)
-    workers = workers if images.pixels is None else 0
-    batches = (part.tolist() for part in rows.split(batch))
-    for (x,) in loader(Centres(images, size, share, bicubic), batches, workers, device):
+    crops = Crops(images, [View(Recipe(bicubic=bicubic), size)],
+                  share=share or (1 if size <= 64 else 224 / 256))
+    batches = ([(0, row) for row in part.tolist()] for part in rows.split(batch))
+    for (x,) in loader(crops, batches, workers if images.pixels is None else 0, device):
         yield x
 
 

@@ -378,7 +378,7 @@ def test_large_jpeg_files_are_decoded_smaller(tmp_path, turn, size, decoded):
     views = [view(232, (0.2, 1)), view(96, (0.05, 1))]
     images, seen = data.scan(str(tmp_path)), []
     images.decode = lambda *a, **k: seen.append(Images.decode(images, *a, **k)) or seen[-1]
-    data.Crops(images, views, 0)[0, 0], data.Centres(images, 300, 1, False)[0]
+    data.Crops(images, views)[0, 0], data.Crops(images, [view(300, (1, 1))], share=1)[0, 0]
     assert [image.shape[1:] for image, *_ in seen] == [decoded] * 2  # as with need=600
     for v in views:  # of so many pixels, but for rounding, no crop is enlarged
         assert v.size - 1 <= crop_boxes(10_000, 600, 600, v.recipe.scale, rng(2))[:, 2:].min()
