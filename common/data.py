@@ -266,19 +266,18 @@ def scan(folder, most=None):
 
     below = [path[len(str(folder)) :].lstrip("/") for path in paths]
     names = hashlib.sha256(os.fsencode("\n".join(below))).hexdigest()[:16]
-    tops = [os.path.dirname(path).split("/")[0] for path in below]  # "" for none
+    images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
+
+    tops = [os.path.dirname(path).split("/")[0] for path in below]  # "" for none: these come first
     classes, labels = np.unique(tops, return_inverse=True)
-    classes = tuple(map(str, classes))
+    if tops[0] == "":
+        left.insert(0, f"labels, as {below[0]} is in no class folder")
+    elif len(classes) == 1:
+        left.insert(0, f"labels, as all images are in {tops[0]}")
+    else:
+        images.labels, images.classes = torch.from_numpy(labels), tuple(map(str, classes))
     folders = sorted(glob("*/", root_dir=folder))
     left += [f"{f} without images" for f in folders if f[:-1] not in classes]
-
-    images = Images(paths=np.array([os.fsencode(path) for path in paths]), names=names, left=left)
-    if len(classes) > 1 and "" not in tops:
-        images.labels, images.classes = torch.from_numpy(labels), classes
-    elif "" in tops:
-        left.insert(0, f"labels, as {below[tops.index('')]} is in no class folder")
-    else:
-        left.insert(0, f"labels, as all images are in {tops[0]}")
     return images
 
 
