@@ -43,7 +43,7 @@ from common.distributed import all_sum, barrier, check_launch, gather, mine, ran
 from common.flags import amount, check, code_digest, fraction, given_flags, parser, positive, whole
 from common.lars import LARS
 from common.transfer import METRICS, TRANSFER
-from mocov2_asym import SIGNALS, fit, join_processes, launch, lr_factor
+from mocov2_asym import SIGNALS, fit, join_processes, launch, load, lr_factor
 
 # ============================================================================== protocols
 PROTOCOLS = {  # lr: per 256 images. Epochs and schedule of sgd are our choice, the paper is silent
@@ -81,7 +81,7 @@ def train(args, net, task, stage, lrs):
         optimizer = LARS(groups, lr=0.0, momentum=0.9, adapt_1d=True)
     first, file = 0, Path(args.out, f"{stage}-{Path(task.name).name}.pt")
     if file.exists():
-        state = read(file)
+        state = load(file)
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -305,7 +305,7 @@ def load_backbone(args):
     path, run, names = Path(args.checkpoint), {}, ""
     files = {"source": "backbone.pth", "target": "backbone_target.pth"}
     path = path / files[args.encoder] if path.is_dir() else path
-    state, beside = read(path), path.with_name("args.json")
+    state, beside = load(path), path.with_name("args.json")
     if state.keys() >= {"args", "step", "model"} and "method" in state["args"]:  # last.pt
         run, names = state["args"], f"{args.encoder}.backbone."
         model = state["model"].items()
@@ -332,17 +332,6 @@ def load_backbone(args):
     return net.to(args.device), {
         "names": f"{names}*", "arch": arch, "tensors": len(state), "dim": width, "size": size,
         "mean": mean, "std": std, "weights": digest.hexdigest()[:16], "trained_on": run.get("data")}
-
-
-def read(path):
-    """A file of torch.save, as a dict. Nothing in it is executed."""
-    check(path.is_file(), f"{path}: no such file; give the folder of a run, or a checkpoint")
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as e:  # a truncated or foreign file raises nearly anything
-        found = " ".join([type(e).__name__, *re.findall(r"GLOBAL ([\w.]+)", str(e))])
-        check(False, f"{path} cannot be read ({found}): is it whole? If it holds more than "
-              "tensors, and you trust it: load it with weights_only=False and save a state_dict")
 
 
 def flatten(found, prefix=""):
