@@ -418,8 +418,8 @@ def of_others(args, state):
 
 # ============================================================================== flags
 MAY_DIFFER = {  # between a probe and its continuation
-    "checkpoint", "data", "data_root", "device", "download", "export", "images", "names", "nproc",
-    "out", "overwrite", "save_features", "torch", "workers"}
+    "checkpoint", "data", "data_root", "device", "download", "export", "names", "nproc", "out",
+    "overwrite", "save_features", "torch", "workers"}
 
 
 def parse_args(argv=None):
@@ -518,8 +518,8 @@ def probe(args, net, backbone):
     tasks, absent = load_tasks(args)
     refuse_unreadable()
     resolve(args, tasks)
-    seen = {name: [t.images.names, t.test_images.names] for name, t in tasks.items()}
-    about = {**vars(args), **backbone, "torch": torch.__version__, "images": seen}
+    seen = {f"images of {name}": [t.images.names, t.test_images.names] for name, t in tasks.items()}
+    about = {**vars(args), **backbone, **seen, "torch": torch.__version__}
     about = json.loads(json.dumps(about, default=str))  # as in the file
     results = open_run(args, about)
 
@@ -599,25 +599,19 @@ def open_run(args, about):
     out, file = Path(args.out), Path(args.out, "result.json")
     check(not (out / "args.json").exists(), f"--out {out} holds no probe, but a run; use another")
     old = json.loads(file.read_text()) if file.exists() and not args.overwrite else {}
+    differ = [f"{name} {old[name]} there, {value} here" for name, value in about.items()
+              if name not in MAY_DIFFER and old.get(name, value) != value]
+    check(not differ, f"--out {out} holds another probe ({', '.join(differ)}); use another, or "
+          "--overwrite")
     barrier()  # all have looked
 
-    if old:
-        differ = [f"{name} {old.get(name)} there, {value} here" for name, value in about.items()
-                  if name not in MAY_DIFFER and old.get(name) != value]
-        differ += [f"other images of {name}" for name, names in about["images"].items()
-                   if old["images"].get(name, names) != names]
-        check(not differ, f"--out {out} holds another probe ({', '.join(differ)}); use another, or "
-              "--overwrite")
-        return old["results"]
-
-    if rank() == 0:
+    if rank() == 0 and not old:
         out.mkdir(parents=True, exist_ok=True)
         for path in (out / "log.jsonl", *out.glob("search-*.pt"), *out.glob("final-*.pt")):
             path.unlink(missing_ok=True)
         save(args, "result.json", json.dumps({**about, "results": {}}, indent=1))
         log(args, {"command": sys.argv, **about}, show=False)
-    barrier()
-    return {}
+    return old.get("results", {})
 
 
 def save(args, name, content):
