@@ -277,12 +277,8 @@ def refuse_unreadable():
 
 
 # ============================================================================== checkpoints
-MARKS = (  # two tensors by which a backbone is known, whatever stands before their names
-    ("conv1.weight", "layer1.0.conv1.weight"),  # ResNets of torchvision and timm
-    ("0.weight", "4.0.conv1.weight"),  # nn.Sequential(*resnet.children()), as in lightly
-    ("conv_proj.weight", "class_token"),  # ViTs of torchvision
-    ("patch_embed.proj.weight", "cls_token"),  # ViTs of timm, MoCo v3 and DINO
-)
+MARK = re.compile(  # a backbone has one: a ResNet, nn.Sequential(*resnet.children()), a ViT
+    r"(.*\.)?((layer4|7)\.0\.conv1\.weight|(conv_proj|patch_embed\.proj)\.weight)")
 TARGET = re.compile(r"(^|[._])(momentum|teacher|target|ema|k)[._]")  # in the names of a target
 HEADS = ("fc.", "head.", "heads.", "classifier.", "linear.", "projector.", "projection_head.",
          "predictor.", "prototypes.", "queue")
@@ -335,14 +331,12 @@ def load_backbone(args):
 
 
 def flatten(found, prefix=""):
-    """The tensors of nested dicts, by their names joined with dots."""
-    flat = {}
+    """Yields the tensors of nested dicts, with their names joined by dots."""
     for name, x in found.items():
         if isinstance(x, dict):
-            flat |= flatten(x, f"{prefix}{name}.")
+            yield from flatten(x, f"{prefix}{name}.")
         elif torch.is_tensor(x):
-            flat[f"{prefix}{name}"] = x
-    return flat
+            yield f"{prefix}{name}", x
 
 
 def of_run(args, run, path):
@@ -361,12 +355,10 @@ def of_run(args, run, path):
 def find_backbone(found, encoder, path):
     """What stands before the names of the encoder's backbone in a file, and its tensors, without
     heads, in torchvision's names."""
-    flat, prefixes = flatten(found), {}
-    for first, second in MARKS:
-        for name in flat:
-            prefix = name.removesuffix(first)
-            if name == prefix + first and prefix + second in flat:
-                prefixes.setdefault(flat[name].data_ptr(), prefix)  # shared by modules: once
+    flat, prefixes = dict(flatten(found)), {}
+    for name, x in flat.items():
+        if match := MARK.fullmatch(name):
+            prefixes.setdefault(x.data_ptr(), match[1] or "")  # shared by modules: once
     held = list(prefixes.values())
     check(held, f"{path} holds no backbone, but {', '.join([*flat, *map(str, found)][:4])}; give a "
           "run's folder, or a file with a ResNet or ViT in torchvision's or timm's names")
@@ -389,7 +381,8 @@ def of_others(args, state):
     """A network with the architecture whose tensors differ least from state's; arch; pixels."""
     positions = state.get("encoder.pos_embedding")  # a ViT's
     if positions is None:
-        size = 224 if state["conv1.weight"].shape[-1] == 7 else 32
+        small = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
+        size = 32 if small else 224
         archs = resnet.ARCHS
         build = lambda arch: resnet.build(arch, size, nn.BatchNorm2d)[0]
     else:

@@ -679,6 +679,8 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, mon
     save(state | {"bn1.bias": state["bn1.bias"] * math.nan}, "nan.pth")
     save({k: 0 * v for k, v in state.items()}, "zero.pth")
     save(prefixed(state, "backbone.") | zeros("", "classifier.weight"), "solo.pth")
+    save({k.replace("conv1", "conv1.0"): v for k, v in encoders[0].items() if "layer" not in k}
+         | {k: v for k, v in encoders[0].items() if "layer" in k}, "deep.pth")
     last = torch.load(run_folder / "last.pt", weights_only=True)
     for i, change in enumerate(({"method": "planted"}, {"method": "../x"}, {"format": 2})):
         save({**last, "args": {**last["args"], **change}}, f"last{i}.pt")
@@ -692,6 +694,7 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, mon
         "none.pth": "no backbone, but epoch", "dino.pth": "(UnpicklingError: Weights only",
         "evil.pth": "If it holds more than tensors, and you trust it: save its state_dict",
         "nan.pth": "are not finite", "zero.pth": "or all the same; are the weights, --mean",
+        "deep.pth": 'Missing key(s) in state_dict: "conv1.weight"',
         "solo.pth": "solo-learn pads a 3 x 3 first convolution by 2",
         "last0.pt": "planted.py is not beside", "last1.pt": "is not beside",
         "other": 'Unexpected key(s) in state_dict: "layer1.1.',
