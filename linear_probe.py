@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models import VisionTransformer
 from torchvision.transforms import Normalize
 
 from common import data, knn, resnet
@@ -378,35 +379,32 @@ def find_backbone(found, encoder, path):
 
 
 def of_others(args, state):
-    """A network with the architecture whose tensors differ least from state's; arch; pixels."""
-    positions = state.get("encoder.pos_embedding")  # a ViT's
-    if positions is None:
-        small = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
-        size = 32 if small else 224
-        archs = resnet.ARCHS
-        build = lambda arch: resnet.build(arch, size, nn.BatchNorm2d)[0]
-    else:
-        mocov3 = importlib.import_module("mocov3_asym")
-        patch = state["conv_proj.weight"].shape[-1]
+    """The network whose tensors fit state's, or nearly; its name; pixels."""
+    if "encoder.pos_embedding" in state:  # a ViT: tensors tell all but the heads
+        dim, _, patch, _ = state["conv_proj.weight"].shape
+        positions = state["encoder.pos_embedding"]
         size = math.isqrt(positions.shape[1] - 1) * patch
-        archs = [arch for arch, sizes in mocov3.VITS.items() if sizes[0] == patch]
-        check(archs, f"{args.checkpoint}: a ViT of patches of {patch} px; known are 4 and 16")
-        flags = ["--img-size", str(size), "--arch"]
-        build = lambda arch: mocov3.build_vit(mocov3.parse_args([*flags, arch]))[0]
+        check(args.img_size in (None, size), f"--img-size {args.img_size}: the positions of "
+              f"{args.checkpoint} are for {size} px; leave it out")
+        fixed = not positions[:, 0].any()  # MoCo v3's, whose small ViTs have slimmer heads
+        head = 32 if fixed and dim in (96, 384) else 64
+        check(dim <= 1024 and dim % head == 0, f"{args.checkpoint}: a ViT of width {dim}; up to "
+              "1024, and of multiples of 64, it is known how many heads there are")
+        layers = sum(name.endswith(".ln_1.weight") for name in state)
+        net = VisionTransformer(size, patch, layers, dim // head, dim, 4 * dim)
+        net.heads = nn.Identity()
+        return net, f"vit-{layers}x{dim}/{patch}", size
 
     def shapes(tensors):  # without BN's counters of batches, which some files lack
         return {(k, v.shape) for k, v in tensors.items() if not k.endswith("batches_tracked")}
 
+    small = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
+    size = 32 if small else 224
+    build = lambda arch: resnet.build(arch, size, nn.BatchNorm2d)[0]
     with torch.device("meta"):
-        arch = min(archs, key=lambda arch: len(shapes(build(arch).state_dict()) ^ shapes(state)))
-    net = build(arch)
-    if positions is not None and positions[:, 0].any():  # learned; MoCo v3's are 0 there
-        check(args.img_size in (None, size), f"--img-size {args.img_size}: the positions of "
-              f"{args.checkpoint} are learned, for {size} px; leave it out")
-        for block in net.encoder.layers:  # DINO, torchvision: 64 channels a head; MoCo v3's S: 32
-            block.self_attention.num_heads = positions.shape[2] // 64
-            block.self_attention.head_dim = 64
-    return net, arch, size
+        differ = {arch: shapes(build(arch).state_dict()) ^ shapes(state) for arch in resnet.ARCHS}
+    arch = min(differ, key=lambda arch: len(differ[arch]))
+    return build(arch), arch, size
 
 
 # ============================================================================== flags

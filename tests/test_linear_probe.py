@@ -349,14 +349,14 @@ TIMM = {  # torchvision's names of a ViT, the other way round from the probe's
 
 
 @pytest.mark.parametrize("names, arch, size, patch, layers, heads", [
-    ("MoCo v3's", "vit_small", 32, 16, 12, 12), ("MoCo v3's", "vit_tiny", 16, 4, 4, 3),
-    ("torchvision's", "vit_small", 64, 16, 12, 6)])
+    ("MoCo v3's", "vit-12x384/16", 32, 16, 12, 12), ("MoCo v3's", "vit-4x96/4", 16, 4, 4, 3),
+    ("torchvision's", "vit-12x384/8", 32, 8, 12, 6)])
 def test_vits_are_the_networks_of_those_who_publish_them(
         names, arch, size, patch, layers, heads, tmp_path):
     """timm's names and fixed positions; older names and learned positions, which come with 64
     channels a head: such a ViT-S has MoCo v3's tensors, shape by shape, and half the heads."""
     torch.manual_seed(0)
-    width, path = 384 if arch == "vit_small" else 96, tmp_path / "vit.pth"
+    width, path = 384 if "384" in arch else 96, tmp_path / "vit.pth"
     reference = torchvision.models.VisionTransformer(size, patch, layers, heads, width, 4 * width)
     reference.heads = torch.nn.Identity()
     torch.nn.init.normal_(reference.class_token)
@@ -377,11 +377,11 @@ def test_vits_are_the_networks_of_those_who_publish_them(
     assert (about["arch"], about["size"], about["dim"]) == (arch, size, width)
     x = torch.rand(2, 3, size, size, generator=rng(3))
     close(net(x), reference(TF.normalize(x, *data.IMAGENET)), 1e-3, 1e-4)
+    said = refuse(path, "--data", "demo", *FLAGS, "--img-size", 80)
+    assert f"--img-size 80: the positions of {path} are for {size} px" in said
     if names == "torchvision's":
-        said = refuse(path, "--data", "demo", *FLAGS, "--img-size", 80)
-        assert "--img-size 80: the positions of" in said and "are learned, for 64 px" in said
-        torch.save(found | {"conv_proj.weight": torch.zeros(384, 3, 14, 14)}, path)
-        assert "a ViT of patches of 14 px; known" in refuse(path, *FLAGS)
+        torch.save(found | {"conv_proj.weight": torch.zeros(1280, 3, 16, 16)}, path)
+        assert "a ViT of width 1280; up to 1024" in refuse(path, *FLAGS)
 
 
 # ---- a run's own files ----
