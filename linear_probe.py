@@ -19,7 +19,6 @@ trained again on all of these. Nothing is chosen on the test set.
 
 import hashlib  # noqa: I001 (the last import is shorter this way)
 import importlib
-import itertools
 import json
 import math
 import os
@@ -72,8 +71,7 @@ def train(args, net, task, stage, lrs):
     rows, x, labels = torch.arange(len(task.labels)), task.test_x, task.test_labels
     if stage == "search":
         rows, x, labels = task.rest, task.held_x, task.labels[task.held]
-    x, epoch = x.to(args.device), len(rows) // args.batch_size  # in steps, as total
-    total = args.epochs * epoch
+    x, per_epoch = x.to(args.device), len(rows) // args.batch_size  # steps
 
     heads = nn.ModuleList(classifier(x.shape[1], task.classes, args.seed) for _ in lrs)
     groups = [{"params": list(head.parameters())} for head in heads.to(args.device)]
@@ -85,34 +83,34 @@ def train(args, net, task, stage, lrs):
         state = load(file)
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+        first = state["epoch"]
 
-    steps = data.global_batches(len(rows), args.batch_size, args.seed, first, total)
-    steps = ((step, rows[i]) for step, i in steps)
-    summed = torch.zeros(len(lrs), device=args.device)
-    for step, chosen, features in features_of(args, net, task, steps):
-        right = task.labels[chosen].to(args.device)
-        loss = torch.stack([losses(head(features), right).mean() for head in heads])
-        optimizer.zero_grad()
-        loss.sum().backward()  # each classifier gets the gradient of its own loss
-        for lr, group in zip(lrs, optimizer.param_groups, strict=True):
-            group["lr"] = lr * args.batch_size / 256 * lr_factor(step, total, 0)
-            for p in group["params"]:
-                p.grad = all_sum(p.grad) / world_size()
-        optimizer.step()
+    for epoch in range(first, args.epochs):
+        span = epoch * per_epoch, (epoch + 1) * per_epoch
+        batches = data.global_batches(len(rows), args.batch_size, args.seed, *span)
+        steps, summed = [(step, rows[i]) for step, i in batches], 0
+        for (step, batch), z in zip(steps, features_of(args, net, task, steps), strict=True):
+            right = task.labels[batch[mine()]].to(args.device)
+            loss = torch.stack([losses(head(z), right).mean() for head in heads])
+            optimizer.zero_grad()
+            loss.sum().backward()  # each classifier gets the gradient of its own loss
+            factor = lr_factor(step, args.epochs * per_epoch, 0)
+            for lr, group in zip(lrs, optimizer.param_groups, strict=True):
+                group["lr"] = lr * args.batch_size / 256 * factor
+                for p in group["params"]:
+                    p.grad = all_sum(p.grad) / world_size()
+            optimizer.step()
+            summed = summed + loss.detach()
 
-        summed, passed = summed + loss.detach(), (step + 1) // epoch
-        if (step + 1) % epoch == 0:
-            mean = (all_sum(summed) / world_size() / epoch).tolist()
-            finite = all(p.isfinite().all() for p in heads.parameters())
-            check(finite or len(lrs) > 1, f"weights that are not finite, after epoch {passed}: try "
-                  f"a tenth of --lr {lrs[0]}")
-            log(args, {"data": task.name, "stage": stage, "epoch": passed, "lr": lrs, "loss": mean,
-                       task.metric: [grade(task, head, x, labels) for head in heads]},
-                show=passed % max(1, args.epochs // 10) == 0)
-            summed = torch.zeros_like(summed)
-            save(args, file.name, {"step": step + 1, "heads": heads.state_dict(),
-                                   "optimizer": optimizer.state_dict()})
+        finite = all(p.isfinite().all() for p in heads.parameters())
+        check(finite or len(lrs) > 1, f"weights that are not finite, after epoch {epoch + 1}: try "
+              f"a tenth of --lr {lrs[0]}")
+        mean = (all_sum(summed) / world_size() / per_epoch).tolist()
+        log(args, {"data": task.name, "stage": stage, "epoch": epoch + 1, "lr": lrs, "loss": mean,
+                   task.metric: [grade(task, head, x, labels) for head in heads]},
+            show=(epoch + 1) % max(1, args.epochs // 10) == 0)
+        save(args, file.name, {"epoch": epoch + 1, "heads": heads.state_dict(),
+                               "optimizer": optimizer.state_dict()})
     return {lr: grade(task, head, x, labels) for lr, head in zip(lrs, heads, strict=True)}
 
 
@@ -255,20 +253,19 @@ def encode(args, net, images):
 
 
 def features_of(args, net, task, steps):
-    """Yields, for each (step, rows of the global batch), the step, this process's rows and their
-    features (n, d): stored ones, or those of new random crops and flips."""
+    """Yields, for each (step, rows of the global batch), the features (n, d) of this process's
+    rows: stored ones, or those of new random crops and flips."""
     if task.x is not None:
-        for step, rows in steps:
-            yield step, rows[mine()], task.x[rows[mine()]].to(args.device)
+        for _, rows in steps:
+            yield task.x[rows[mine()]].to(args.device)
         return
 
     images, plan = replace(task.images, stats=data.RAW), [[[View(weak(V2), args.size)]], []]
-    steps, ahead = itertools.tee(steps)
-    views = data.stream(images, plan, ahead, args.seed, mine(), args.workers, args.device)
-    for (step, rows), (([[x]], _), _) in zip(steps, views, strict=True):
+    for ([[x]], _), _ in data.stream(
+            images, plan, steps, args.seed, mine(), args.workers, args.device):
         refuse_unreadable()
         parts = [net(part) for part in x.split(256)]  # a batch of 4096 would fill a small GPU
-        yield step, rows[mine()], torch.cat(parts)
+        yield torch.cat(parts)
 
 
 def refuse_unreadable():
