@@ -127,9 +127,8 @@ def losses(logits, labels):
     not count: a logistic loss for each class (one-vs-rest), summed."""
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels, reduction="none")
-    target = labels.clamp_min(0).to(logits)
-    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (each * (labels >= 0)).sum(1)
+    target, counts = labels.clamp_min(0).to(logits), (labels >= 0).to(logits)
+    return F.binary_cross_entropy_with_logits(logits, target, counts, reduction="none").sum(1)
 
 
 @torch.no_grad()
@@ -198,14 +197,13 @@ def knn_probe(args, task):
 # ============================================================================== data sets
 def load_tasks(args, download=False):
     """name -> load_task(), and name -> why it is absent, of those that --transfer asks for."""
+    if args.data:
+        return {Path(args.data).absolute().name: load_task(args, args.data, download)}, {}
     tasks, absent = {}, {}
-    asked = args.transfer or [args.data]
-    for name in TRANSFER if "all" in asked else asked:
+    for name in TRANSFER if "all" in args.transfer else args.transfer:
         try:
-            tasks[Path(name).absolute().name] = load_task(args, name, download)
+            tasks[name] = load_task(args, name, download)
         except (OSError, RuntimeError, ValueError, KeyError, ImportError, data.DataError) as e:
-            if not args.transfer:
-                raise
             absent[name] = (f"{name} is not in {args.data_root}/ ({str(e).splitlines()[0]}): see "
                             "docs/linear_probe.md, Data of Table 4")
     check(tasks, "; ".join(absent.values()))
