@@ -78,7 +78,7 @@ def train(args, net, task, stage, lrs):
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     if args.protocol == "lars":  # the bias has a trust ratio too, as in the paper's code
         optimizer = LARS(groups, lr=0.0, momentum=0.9, adapt_1d=True)
-    first, file = 0, Path(args.out, f"{stage}-{Path(task.name).name}.pt")
+    first, file = 0, Path(args.out, f"{stage}-{task.name}.pt")
     if file.exists():
         state = load(file)
         heads.load_state_dict(state["heads"])
@@ -196,9 +196,10 @@ def knn_probe(args, task):
 
 # ============================================================================== data sets
 def load_tasks(args, download=False):
-    """name -> load_task(), and name -> why it is absent, of those that --transfer asks for."""
+    """name -> load_task(), of --data or --transfer; and name -> why it is absent."""
     if args.data:
-        return {Path(args.data).absolute().name: load_task(args, args.data, download)}, {}
+        task = load_task(args, args.data, download)
+        return {task.name: task}, {}
     tasks, absent = {}, {}
     for name in TRANSFER if "all" in args.transfer else args.transfer:
         try:
@@ -232,6 +233,7 @@ def load_task(args, name, download=False):
                         labels=torch.cat([train.labels, val[0].labels]))
         held = torch.arange(n, len(train))
     rest = torch.ones(len(train), dtype=torch.bool).index_fill(0, held, False).nonzero()[:, 0]
+    name = os.path.basename(os.path.abspath(name))  # of ".", say
     return SimpleNamespace(name=name, metric=target.metric if target else "top-1", images=train,
                            labels=train.labels, classes=len(train.classes), held=held, rest=rest,
                            test_images=test, test_labels=test.labels, x=None)
@@ -293,10 +295,11 @@ def load_backbone(args):
     """The frozen network of a checkpoint, images (n, 3, s, s) in [0, 1] -> features (n, d), and a
     dict about it; args.size is then s. Of a run: whatever network its own script builds. Of other
     files: the architecture whose tensors fit; 224 px, or 32 with the 3 x 3 convolution of CIFAR's
-    stem; ImageNet's normalisation."""
+    stem, a ViT's size by its positions; ImageNet's normalisation."""
     path, run, names = Path(args.checkpoint), {}, ""
     files = {"source": "backbone.pth", "target": "backbone_target.pth"}
     path = path / files[args.encoder] if path.is_dir() else path
+    check(path.is_file(), f"{path}: no such file; give the folder of a run, or a checkpoint")
     state, beside = load(path), path.with_name("args.json")
     if state.keys() >= {"args", "step", "model"} and "method" in state["args"]:  # last.pt
         run, names = state["args"], f"{args.encoder}.backbone."
@@ -381,6 +384,8 @@ def of_others(args, state):
         size = math.isqrt(positions.shape[1] - 1) * patch
         check(args.img_size in (None, size), f"--img-size {args.img_size}: the positions of "
               f"{args.checkpoint} are for {size} px; leave it out")
+        check(not args.untrained, f"--untrained: {args.checkpoint} does not say how it began; give "
+              "a run's folder")
         fixed = not positions[:, 0].any()  # MoCo v3's, whose small ViTs have slimmer heads
         head = 32 if fixed and dim in (96, 384) else 64
         check(dim <= 1024 and dim % head == 0, f"{args.checkpoint}: a ViT of width {dim}; up to "
@@ -589,6 +594,7 @@ def open_run(args, about):
               if name not in MAY_DIFFER and old.get(name, value) != value]
     check(not differ, f"--out {out} holds another probe ({', '.join(differ)}); use another, or "
           "--overwrite")
+    about |= {k: v for k, v in old.items() if k.startswith("images of ")}  # of other sets, too
     barrier()  # all have looked
 
     if rank() == 0 and not old:

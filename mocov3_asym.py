@@ -745,8 +745,10 @@ def load(path):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # a truncated or foreign file raises nearly anything
-        check(False, f"{path} cannot be read ({type(e).__name__}: {str(e).partition('. ')[0]}); is "
-              "it whole? If it holds more than tensors, and you trust it: save its state_dict")
+        why = " ".join(str(e).split()).rpartition("error: ")[2].partition(". ")[0]
+        check(False, f"{path} cannot be read ({type(e).__name__}: {why}); is it whole? If it holds "
+              "more than tensors, and you trust it: load it with weights_only=False and save its "
+              "state_dict")
 
 
 def fit(module, weights, path):

@@ -379,6 +379,7 @@ def test_vits_are_the_networks_of_those_who_publish_them(
     close(net(x), reference(TF.normalize(x, *data.IMAGENET)), 1e-3, 1e-4)
     said = refuse(path, "--data", "demo", *FLAGS, "--img-size", 80)
     assert f"--img-size 80: the positions of {path} are for {size} px" in said
+    assert "does not say how it began" in refuse(path, "--data", "demo", *FLAGS, "--untrained")
     if names == "torchvision's":
         torch.save(found | {"conv_proj.weight": torch.zeros(1280, 3, 16, 16)}, path)
         assert "a ViT of width 1280; up to 1024" in refuse(path, *FLAGS)
@@ -688,11 +689,11 @@ def test_wrong_checkpoints_are_refused(run_folder, encoders, tiny, tmp_path, mon
     save(encoders[0], "other/backbone.pth")
 
     for name, words in {
-        "part.pth": "it whole?", "nowhere": "(FileNotFoundError: ", "list.pth": "cannot be read",
-        ".": "(FileNotFoundError: ",
+        "part.pth": "is it whole?", "nowhere": "no such file; give the",
+        ".": "no such file; give the folder", "list.pth": "cannot be read",
         "head.pth": "holds no backbone, but weight, ", "last2.pt": "of another version",
-        "none.pth": "no backbone, but epoch", "dino.pth": "(UnpicklingError: Weights only",
-        "evil.pth": "If it holds more than tensors, and you trust it: save its state_dict",
+        "none.pth": "no backbone, but epoch", "dino.pth": "GLOBAL argparse.Namespace",
+        "evil.pth": "If it holds more than tensors, and you trust it: load it with weights_only",
         "nan.pth": "are not finite", "zero.pth": "or all the same; are the weights, --mean",
         "deep.pth": 'Missing key(s) in state_dict: "conv1.weight"',
         "solo.pth": "solo-learn pads a 3 x 3 first convolution by 2",
@@ -744,7 +745,7 @@ def test_an_unreadable_image_stops_the_probe(protocol, sizes, run_folder, tmp_pa
     assert code == 2 and str(broken) in said and "repair or remove" in said
 
 
-def test_out_of_another_probe_is_left_alone(run_folder, tmp_path):
+def test_out_of_another_probe_is_left_alone(run_folder, tmp_path, monkeypatch):
     """Of other images too, known by their names, as a run's: not by the spelling of the path."""
     moved = sorted(class_tree(tmp_path / "images", 60).glob("*/*.*"))[0]
     moved.rename(moved.with_name("new.png"))
@@ -753,6 +754,9 @@ def test_out_of_another_probe_is_left_alone(run_folder, tmp_path):
     (out / "mine.pt").write_text("a user's own file")
     main(*argv, "--knn-k", 5)
     main(*argv, "--knn-k", 5, "--data", f"{run_folder.parent}/./images/")
+    monkeypatch.chdir(class_tree(tmp_path / "others", 60))
+    main(*argv, "--knn-k", 5, "--data", ".")  # and images is not forgotten:
+    assert json.loads((out / "result.json").read_text())["results"].keys() == {"images", "others"}
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert "weights" in refuse(*argv, "--knn-k", 5, "--untrained")
     assert "knn_k [5] there, [3] here" in refuse(*argv, "--knn-k", 3)
