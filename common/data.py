@@ -141,6 +141,8 @@ def load_files(name, tell):
     sets, knn = (images, None, None), "no kNN"
     if held:
         queries = os.path.basename(held)
+        if os.path.samefile(train, held):
+            raise DataError(f"--data {name}: {queries}/ is {source}/ itself, by a link; remove it")
         val = in_memory(scan(held), tell)
         if odd := sorted(set(images.classes) ^ set(val.classes)):
             raise DataError(f"--data {name}: {source}/ and {queries}/ differ in class folders, as "

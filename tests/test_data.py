@@ -88,6 +88,10 @@ def test_train_and_val(tmp_path):
     images, bank, queries = load(str(tmp_path))
     assert images is bank and images.labels.tolist() == [0] * 4 + [1] * 4
     assert queries.labels.tolist() == [0, 0, 1, 1] and names(queries, tmp_path) == files
+    (tmp_path / "val").rename(tmp_path / ".held")
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    with pytest.raises(DataError, match="val/ is train/ itself"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize("files, said", [
