@@ -380,7 +380,7 @@ class Crops(torch.utils.data.Dataset):
         self.need = 2 * views[0].size if share else math.ceil(max(sizes))
 
     def __getitem__(self, key):
-        step, row = key
+        _, row = key
         image, wrong = self.images.decode(row, need=self.need)
         h, w = image.shape[1:]
         if self.share:
